@@ -1,0 +1,135 @@
+r"""What a table of rules does to a token.
+
+A `Rule` says where a token's supervision comes from and how it is measured; a table gives every regime
+a tuple of rules, which are summed. DOPD is a table with one rule in each of four regimes, vanilla
+on-policy distillation a table with one regime.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dopd_jax.losses import divergences, support
+
+DIVERGENCES = {
+  'forward_kl': divergences.forward_kl,
+  'reverse_kl': divergences.reverse_kl,
+  'js': divergences.js_divergence,
+}
+CROSS_ENTROPY = 'cross_entropy'
+REGIONS = ('full', 'top_k', 'sampled')
+
+
+class Rule(NamedTuple):
+  """One term of a token's loss: `weight * divergence(student, source)` on a support.
+
+  `source` names a distribution in the `sources` of `token_loss`. `divergence` is `'forward_kl'`,
+  `'reverse_kl'`, `'js'`, or `'cross_entropy'` (`-log p_y`, nats, which needs no source).
+  `region` is `'full'`, `'top_k'` (with `k`, `tail`, `support` as in `on_support`) or `'sampled'`
+  (the score-function estimator of `support.sampled_token`, with its optional `clip`).
+  """
+
+  source: str
+  divergence: str
+  region: str = 'full'
+  weight: float = 1.0
+  k: int = 128
+  tail: str = 'bucket'
+  support: str = 'student'
+  clip: float | None = None
+
+
+Table = Sequence[Sequence[Rule]]  # the rules of regime r stand at index r
+
+
+def check(rule: Rule) -> None:
+  """Raises ValueError for a rule that names an unknown divergence, region, tail or support."""
+  known = (*DIVERGENCES, CROSS_ENTROPY)
+  for field, value, allowed in (
+    ('divergence', rule.divergence, known),
+    ('region', rule.region, REGIONS),
+    ('tail', rule.tail, support.TAILS),
+    ('support', rule.support, (*support.SUPPORTS, 'teacher')),
+  ):
+    if value not in allowed:
+      raise ValueError(f'{field} must be one of {tuple(allowed)}, got {value!r}')
+  if rule.region == 'top_k' and rule.k < 1:
+    raise ValueError(f'k must be at least 1, got {rule.k}')
+
+
+def divergence_of(
+  rule: Rule,
+  student_logp: Float[Array, 'N V'],
+  source_logp: Float[Array, 'N V'] | None,
+  tokens: Int[Array, 'N'],
+) -> Float[Array, 'N']:
+  """The unweighted loss of one rule for each token, nats."""
+  check(rule)
+  if rule.divergence == CROSS_ENTROPY:
+    return -jnp.take_along_axis(student_logp, tokens[:, None], axis=-1)[:, 0]
+  if rule.region == 'sampled':
+    return support.sampled_token(rule.divergence, student_logp, source_logp, tokens, rule.clip)
+  if rule.region == 'top_k':
+    student_logp, source_logp, _ = support.on_support(
+      student_logp, source_logp, rule.k, rule.tail, rule.support
+    )
+  return DIVERGENCES[rule.divergence](student_logp, source_logp)
+
+
+def token_loss(
+  table: Table,
+  student_logits: Float[Array, 'N V'],
+  source_logits: Mapping[str, Float[Array, 'N V']],
+  tokens: Int[Array, 'N'],
+  regime: Int[Array, 'N'],
+  temperature: float = 1.0,
+) -> Float[Array, 'N']:
+  """The loss of each token of one sequence under a table of rules; vmap it over the batch.
+
+  Args:
+    table: the rules of each regime; a regime without rules carries no loss.
+    student_logits: [N, V], with gradient. Any float dtype; the softmax runs in float32.
+    source_logits: [N, V] for each source that the table names; constants.
+    tokens: [N] int32, the sampled tokens.
+    regime: [N] int32, index into `table`, or -1 where the token is masked.
+    temperature: divides every model's logits, once.
+
+  Returns:
+    [N] nats, weighted by the rules' weights, unreduced, exactly 0 where masked or without a rule.
+
+  Numerics: rules that differ only in weight share one pass over V, and a rule of weight 0 costs none. A
+  token that a pass does not select enters it as all-zero logits and leaves it as 0, so that nothing
+  non-finite at a masked token reaches the value or the gradient.
+  """
+  weights_R: dict[Rule, list[float]] = {}
+  for r, rules in enumerate(table):
+    for rule in rules:
+      if rule.weight:
+        row = weights_R.setdefault(rule._replace(weight=1.0), [0.0] * len(table))
+        row[r] += rule.weight
+
+  loss = jnp.zeros(tokens.shape, divergences.as_float(student_logits).dtype)
+  for rule, row in weights_R.items():
+    weight_R = jnp.asarray(row + [0.0], loss.dtype)  # regime -1 reads the last entry
+    weight = weight_R[regime]
+    selected = weight != 0
+
+    def logp(logits, selected=selected):
+      return divergences.log_probs(jnp.where(selected[:, None], logits, 0), temperature)
+
+    needs_source = rule.divergence != CROSS_ENTROPY
+    source = logp(source_logits[rule.source]) if needs_source else None
+    value = divergence_of(rule, logp(student_logits), source, tokens)
+    loss += jnp.where(selected, weight * jnp.where(selected, value, 0.0), 0.0)
+  return loss
+
+
+def batched_token_loss(
+  table: Table, student_logits, source_logits, tokens, regime, temperature=1.0
+):
+  """`token_loss` vmapped over a batch: [B, N, V] logits, [B, N] tokens and regimes -> [B, N] nats."""
+  one = lambda *arrays: token_loss(table, *arrays, temperature=temperature)
+  return jax.vmap(one)(student_logits, dict(source_logits), tokens, regime)

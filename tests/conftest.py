@@ -1,0 +1,16 @@
+"""Eight fake CPU devices for every test, and absl flags that count as parsed."""
+
+import os
+
+import jax
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach for a hub
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+
+try:
+  from absl import flags
+except ImportError:  # the kernels are also tested where only jax is installed
+  pass
+else:
+  flags.FLAGS.mark_as_parsed()
