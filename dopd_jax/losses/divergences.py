@@ -1,14 +1,15 @@
 r"""Divergences between a student's and a source's next-token distributions.
 
-Every function takes *normalised log-probabilities* `[..., V]` (nats) and returns `[...]`. The source
-(the teacher, or the student with privileged input) is a constant: the stop-gradient is inside.
+Every function takes *normalised log-probabilities* `[..., V]` (nats) and returns `[...]`. The
+source (the teacher, or the student with privileged input) is a constant: the stop-gradient is
+inside.
 
-Numerics, for all of them. Inputs are raised to at least float32 and sums run there. A token to which
-the student gives probability 0 (`-inf`) adds exactly 0 wherever its limit is 0, and its gradient is
-exactly 0; the same for the source. Both the inputs and the terms are masked, since a mask on the terms
-alone protects the value and leaves `0 * inf` in the gradient. A term that is truly infinite stays
-`+inf`: it is never clamped. First derivatives only: `js_divergence` and `generalised_js` write their
-gradient in closed form.
+Numerics, for all of them. Inputs are raised to at least float32 and sums run there. A token to
+which the student gives probability 0 (`-inf`) adds exactly 0 wherever its limit is 0, and its
+gradient is exactly 0; the same for the source. Both the inputs and the terms are masked, since a
+mask on the terms alone protects the value and leaves `0 * inf` in the gradient. A term that is
+truly infinite stays `+inf`: it is never clamped. First derivatives only: `js_divergence` and
+`generalised_js` write their gradient in closed form.
 """
 
 import math
@@ -49,8 +50,8 @@ def _difference(a: Array, b: Array) -> Array:
 def log_over_mixture(log_ratio: Array, weight: float) -> Array:
   """`log(a / ((1 - weight) a + weight b))` from `log_ratio = log(a / b)`, 0 < weight < 1.
 
-  Never takes the log of a mixture that has underflowed, and keeps its relative precision where a and b
-  are nearly equal.
+  Never takes the log of a mixture that has underflowed, and keeps its relative precision where a
+  and b are nearly equal.
   """
   near = jnp.abs(log_ratio) < 1.0
   close = -jnp.log1p(weight * jnp.expm1(-jnp.where(near, log_ratio, 0.0)))
@@ -90,9 +91,9 @@ def reverse_kl(
 
   Returns:
     One divergence a position, nats, unreduced and unmasked. `+inf` where the source gives 0 to a
-    token that the student gives mass to; the gradient stays finite at every other token and position.
-    Gradient in `student_logp`: `p (log p - log q + 1)`. The loss of on-policy distillation
-    (arXiv 2306.13649); DOPD's light and weak regimes.
+    token that the student gives mass to; the gradient stays finite at every other token and
+    position. Gradient in `student_logp`: `p (log p - log q + 1)`. The loss of on-policy
+    distillation (arXiv 2306.13649); DOPD's light and weak regimes.
   """
   s, t = _prepare(student_logp, source_logp)
   return _expect(s, _difference(s, t))
@@ -123,9 +124,10 @@ def generalised_js(
 
   .. math:: \ell = b KL(q \| m) + (1-b) KL(p \| m), \quad m = b q + (1-b) p
 
-  `b = 0` is exactly `forward_kl` and `b = 1` exactly `reverse_kl`, as GKD's users expect; `b = 1/2` is
-  `js_divergence`. The family is *discontinuous at both ends*: as b -> 0 it tends to `b * forward_kl`,
-  and as b -> 1 to `(1-b) * reverse_kl`, so b = 0.01 is about a hundred times weaker than b = 0.
+  `b = 0` is exactly `forward_kl` and `b = 1` exactly `reverse_kl`, as GKD's users expect; `b = 1/2`
+  is `js_divergence`. The family is *discontinuous at both ends*: as b -> 0 it tends to `b *
+  forward_kl`, and as b -> 1 to `(1-b) * reverse_kl`, so b = 0.01 is about a hundred times weaker
+  than b = 0.
 
   Args:
     student_logp: normalised log-probabilities `log p` of the student, nats.
@@ -146,8 +148,8 @@ def generalised_js(
   if weight == 1.0:
     return reverse_kl(student_logp, source_logp)
   s, t = _prepare(student_logp, source_logp)
-  # The mixture's own derivative sums to nothing (it is where both KLs are stationary), so it is cut:
-  # what is left, (1-b) p log(p/m), is exact also where p and q differ by less than rounding.
+  # The mixture's own derivative sums to nothing (it is where both KLs are stationary), so it is
+  # cut: what is left, (1-b) p log(p/m), is exact also where p and q differ by less than rounding.
   fixed = lax.stop_gradient(s)
   log_p_over_m = log_over_mixture(_difference(fixed, t), weight)
   log_q_over_m = log_over_mixture(_difference(t, fixed), 1.0 - weight)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dopd_jax.losses import divergences, reduction as reductions, routing, rules
+from dopd_jax.losses import divergences, routing, rules
+from dopd_jax.losses import reduction as reductions
 
 STUDENT, TEACHER = 'privileged_student', 'privileged_teacher'
 
@@ -66,8 +67,8 @@ def dopd_loss(
     \ell_n = \beta_l [LH] RKL_K(S \| Tp) + \beta_w [LL] RKL_K(S \| Sp)
            + [HT] JS(S, Tp) + \beta_l [HS] RKL_K(S \| Sp)
 
-  Row n of every logits array is the distribution that token n was sampled from or is judged by: rows
-  `prompt_len - 1 + n` of each model's own prompt (`losses.pairing`).
+  Row n of every logits array is the distribution that token n was sampled from or is judged by:
+  rows `prompt_len - 1 + n` of each model's own prompt (`losses.pairing`).
 
   Args:
     student_logits: [B, N, V] of S, the deployed student without the hint; the only gradient path.
@@ -91,9 +92,9 @@ def dopd_loss(
   Raises:
     ValueError: shapes that do not match, a mask that is not bool, or an unknown option.
 
-  Numerics: everything runs in float32 (float64 for float64 logits), bf16 logits are raised first. Of
-  no tokens the loss and its gradient are 0. Where a source gives 0 to a token that S gives mass to, the
-  reverse KL is `+inf`, as it should be.
+  Numerics: everything runs in float32 (float64 for float64 logits), bf16 logits are raised first.
+  Of no tokens the loss and its gradient are 0. Where a source gives 0 to a token that S gives mass
+  to, the reverse KL is `+inf`, as it should be.
   """
   shapes = {x.shape for x in (student_logits, privileged_student_logits, privileged_teacher_logits)}
   if len(shapes) > 1 or {tokens.shape, mask.shape} != {student_logits.shape[:2]}:

@@ -1,9 +1,9 @@
 r"""The one owner of alignment between prompts, completions and hidden states.
 
-A row of a batch is a prompt and its completion packed side by side and padded on the right. The plain
-and the privileged prompt of a row have different lengths, but token j of the completion is the same
-token in both, and the hidden state that predicts it stands at row `prompt_len - 1 + j`. No other module
-slices by prompt length.
+A row of a batch is a prompt and its completion packed side by side and padded on the right. The
+plain and the privileged prompt of a row have different lengths, but token j of the completion is
+the same token in both, and the hidden state that predicts it stands at row `prompt_len - 1 + j`. No
+other module slices by prompt length.
 """
 
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 r"""From losses of tokens to one number, by coefficients that are known beforehand.
 
-`loss = sum(coefficients(mask, reduction) * token_loss)`: since the normaliser never depends on how a
-batch is cut, neither micro-batches nor the number of devices can change the result.
+`loss = sum(coefficients(mask, reduction) * token_loss)`: since the normaliser never depends on how
+a batch is cut, neither micro-batches nor the number of devices can change the result.
 """
 
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ def coefficients(mask: Bool[Array, 'B N'], reduction: str = 'sequence') -> Float
 
   Args:
     mask: [B, N] bool, the completion tokens.
-    reduction: `'sequence'`: mean over the tokens of a row, then over the rows that have at least one
+    reduction: `'sequence'`: mean over the tokens of a row, then over the rows that have at least
+    one
       token. `'token'`: mean over all tokens.
 
   Raises:

@@ -1,4 +1,4 @@
-r"""Which tokens carry capability and which only carry the hint: DOPD's gap, thresholds and regimes."""
+r"""Which tokens carry capability and which only the hint: gap, thresholds and regimes of DOPD."""
 
 import enum
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 r"""What a table of rules does to a token.
 
-A `Rule` says where a token's supervision comes from and how it is measured; a table gives every regime
-a tuple of rules, which are summed. DOPD is a table with one rule in each of four regimes, vanilla
-on-policy distillation a table with one regime.
+A `Rule` says where a token's supervision comes from and how it is measured; a table gives every
+regime a tuple of rules, which are summed. DOPD is a table with one rule in each of four regimes,
+vanilla on-policy distillation a table with one regime.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,9 +100,9 @@ def token_loss(
   Returns:
     [N] nats, weighted by the rules' weights, unreduced, exactly 0 where masked or without a rule.
 
-  Numerics: rules that differ only in weight share one pass over V, and a rule of weight 0 costs none. A
-  token that a pass does not select enters it as all-zero logits and leaves it as 0, so that nothing
-  non-finite at a masked token reaches the value or the gradient.
+  Numerics: rules that differ only in weight share one pass over V, and a rule of weight 0 costs
+  none. A token that a pass does not select enters it as all-zero logits and leaves it as 0, so that
+  nothing non-finite at a masked token reaches the value or the gradient.
   """
   weights_R: dict[Rule, list[float]] = {}
   for r, rules in enumerate(table):
@@ -130,6 +130,6 @@ def token_loss(
 def batched_token_loss(
   table: Table, student_logits, source_logits, tokens, regime, temperature=1.0
 ):
-  """`token_loss` vmapped over a batch: [B, N, V] logits, [B, N] tokens and regimes -> [B, N] nats."""
+  """`token_loss` vmapped: [B, N, V] logits, [B, N] tokens and regimes -> [B, N] nats."""
   one = lambda *arrays: token_loss(table, *arrays, temperature=temperature)
   return jax.vmap(one)(student_logits, dict(source_logits), tokens, regime)

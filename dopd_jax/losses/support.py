@@ -54,7 +54,8 @@ def on_support(
   Raises:
     ValueError: k < 1, or an unknown `tail` or `support`.
 
-  Numerics: the tail is a log-sum-exp with the K tokens masked, never `log(1 - mass)`, and has no floor.
+  Numerics: the tail is a log-sum-exp with the K tokens masked, never `log(1 - mass)`, and has no
+  floor.
   """
   if k < 1:
     raise ValueError(f'k must be at least 1, got {k}')
@@ -121,8 +122,8 @@ def sampled_token(
 ) -> Float[Array, '...']:
   r"""A divergence estimated at the sampled token alone, by its score function.
 
-  The gradient is `sg(c) * grad log p_y` with `c = log p_y/q_y` (reverse KL), `1/2 log p_y/m_y` (JS) or
-  `-q_y/p_y` (forward KL): its expectation over `y ~ p` is the exact gradient of the divergence.
+  The gradient is `sg(c) * grad log p_y` with `c = log p_y/q_y` (reverse KL), `1/2 log p_y/m_y` (JS)
+  or `-q_y/p_y` (forward KL): its expectation over `y ~ p` is the exact gradient of the divergence.
   Differentiating `log p_y - log q_y` itself would have expectation 0.
 
   Args:
@@ -134,7 +135,8 @@ def sampled_token(
 
   Returns:
     One estimate a position, nats, whose expectation over `y ~ p` is the divergence: `log p_y/q_y`
-    (reverse KL), `q_y/p_y log q_y/p_y` (forward KL), `1/2 (log p_y/m_y + q_y/p_y log q_y/m_y)` (JS).
+    (reverse KL), `q_y/p_y log q_y/p_y` (forward KL), `1/2 (log p_y/m_y + q_y/p_y log q_y/m_y)`
+    (JS).
 
   Raises:
     ValueError: unknown `divergence`.

@@ -104,12 +104,15 @@ def dopd(
   loss = np.zeros(mask.shape)
   for b, n in zip(*np.nonzero(mask)):
     p, u, q = np.exp(s[b, n]), np.exp(sp[b, n]), np.exp(tp[b, n])
-    loss[b, n] = (
-      lambda: light * top_k_reverse_kl(p, q, k, tail, support),
-      lambda: weak * top_k_reverse_kl(p, u, k, tail, support),
-      lambda: js(p, q),
-      lambda: light * top_k_reverse_kl(p, u, k, tail, support),
-    )[regime[b, n]]()
+    match regime[b, n]:
+      case 0:
+        loss[b, n] = light * top_k_reverse_kl(p, q, k, tail, support)
+      case 1:
+        loss[b, n] = weak * top_k_reverse_kl(p, u, k, tail, support)
+      case 2:
+        loss[b, n] = js(p, q)
+      case 3:
+        loss[b, n] = light * top_k_reverse_kl(p, u, k, tail, support)
   if not mask.any():
     return 0.0, loss, regime
   if reduction == 'token':

@@ -72,7 +72,7 @@ def test_identity():
 
 
 def test_self_regularisation_is_anchored_on_the_privileged_student():
-  """S = (.4 .1 -.5), Sp = (.9 0 -.2): a loss and a gradient; anchored on S itself there is neither."""
+  """S = (.4 .1 -.5), Sp = (.9 0 -.2): a loss and a gradient; on S itself there is neither."""
   S, Sp = jnp.array([[0.4, 0.1, -0.5]]), jnp.array([[0.9, 0.0, -0.2]])
   table = ((Rule('self', 'reverse_kl', 'top_k', k=2),),)
   regime, y = jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)
@@ -93,7 +93,7 @@ def test_without_a_hint_only_the_teacher_trains():
 
 
 def test_masked_garbage_changes_nothing():
-  """Whatever stands at masked positions - NaN, inf, wrong ids - reaches neither value nor gradient."""
+  """NaN, inf and wrong ids at masked positions reach neither value nor gradient."""
   z_S, z_Sp, z_Tp, tokens, mask = batch()
   run = jax.value_and_grad(lambda a, b, c, y: losses.dopd_loss(a, b, c, y, mask, k=4), has_aux=True)
   (want, _), want_grad = run(*map(jnp.asarray, (z_S, z_Sp, z_Tp, tokens)))

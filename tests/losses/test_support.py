@@ -64,7 +64,7 @@ def test_k_of_the_whole_vocabulary_is_the_full_divergence():
 
 
 def test_fewer_live_tokens_than_k_need_no_tail():
-  """With 3 live tokens and K = 5 nothing is left for the tail: the full divergence, finite gradient."""
+  """3 live tokens, K = 5: nothing is left for the tail, so it is the full divergence."""
   ban = jnp.array([0, 0, 0, 1, 1, 1, 1, 1], bool)
   z_S, z_T = (jnp.where(ban, -jnp.inf, logits(s, (8,))) for s in (4, 5))
   T = losses.log_probs(z_T)
