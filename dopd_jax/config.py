@@ -1,0 +1,303 @@
+r"""What a run can be told: frozen dataclasses, mirrored by an ml_collections ConfigDict.
+
+The dataclasses are the schema. `default` turns them into a locked ConfigDict for `configs/*.py` and
+the command line to change; `validate` turns that back into a frozen `Config`. An unknown key, a
+value of the wrong type or out of its range is a `UserError` that says what to write instead.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from typing import Any
+
+import ml_collections
+
+from dopd_jax import objectives
+from dopd_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """A decoder made at random when `path` is empty; Qwen3-shaped."""
+
+  layers: int = 0
+  width: int = 0
+  heads: int = 0
+  kv_heads: int = 0
+  head_width: int = 0
+  feed_forward: int = 0
+  max_position: int = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """Where a model comes from: a Hugging Face directory or hub name, or a GGUF file."""
+
+  path: str = ''  # also `package:NAME/FILE.gguf`, a file that an installed package carries
+  keep_every: int = 1  # n > 1 keeps layers 0, n, 2n, ... : a small student cut from a teacher
+  architecture: Architecture = Architecture()  # for path=''; made from `seed`
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Records and how they are rendered; sources are a path, `tfds:NAME` or `task:NAME?option=..`."""
+
+  train: str = ''
+  stages: tuple = ()  # ((source, steps), ...), a curriculum instead of `train`
+  eval: str = ''  # held-out records with a verifier; '' for none
+  columns: tuple = ()  # (('prompt', 'question'), ...): our column, theirs
+  privileged: str = 'required'  # or 'none': both policies see an empty context
+  privileged_template: str = ''  # '' is the default wording
+  thinking: bool = False
+  max_prompt_tokens: int = 1024
+  max_privileged_tokens: int = 0  # longest privileged prompt; 0: as max_prompt_tokens
+  on_too_long: str = 'drop'  # drop and count, or 'error'
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """How completions are made."""
+
+  prompts: int = 128  # a step
+  samples: int = 4  # completions a prompt
+  max_new_tokens: int = 1024
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  prompts_at_once: int = 0  # memory: sample this many prompts at a time; 0 is all
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW with warm-up and cosine decay."""
+
+  learning_rate: float = 5e-6
+  warmup_steps: int = 0
+  final_share: float = 0.0  # of the learning rate, at the last step
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0  # 0 is off
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Sizes of the device mesh's axes; -1 takes what is left."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Accuracy on held-out prompts, without the hint."""
+
+  every: int = 0  # steps; 0 is never but at the start and the end
+  records: int = 0  # of data.eval; 0 is all
+  temperature: float = 0.0
+  teacher: bool = True  # measure the teacher once, at the start
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """When the state is saved and what is kept."""
+
+  every: int = 50
+  keep: int = 2
+  best: str = 'eval/accuracy'  # the metric by which the best one is kept as well; '' for none
+  lower_is_better: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """What a person sees."""
+
+  every: int = 1
+  tensorboard: bool = True
+  samples: int = 16  # completions on samples.html
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run."""
+
+  objective: Any = dataclasses.field(default_factory=objectives.Dopd)
+  student: Policy = Policy()
+  teacher: Policy = Policy()
+  tokenizer: str = ''  # '' is the student's; `task:plan_execute` builds the task's
+  data: Data = Data()
+  rollout: Rollout = Rollout()
+  optimizer: Optimizer = Optimizer()
+  evaluation: Evaluation = Evaluation()
+  checkpoint: Checkpoint = Checkpoint()
+  log: Log = Log()
+  mesh: Mesh = Mesh()
+  steps: int = 200
+  microbatch: int = 8  # rows a forward and backward pass
+  head_tile: int = 128  # completion positions of a micro-batch whose logits exist at once
+  compute_dtype: str = 'auto'  # bfloat16 on accelerators, float32 on CPU
+  seed: int = 0
+
+
+# In an existing workdir these may change: they decide when, not what.
+CADENCE = ('log', 'evaluation', 'checkpoint')
+
+
+def default(method: str = 'dopd', **changes: Any) -> ml_collections.ConfigDict:
+  """A locked ConfigDict of every setting for `objective.name = method`, with top-level changes."""
+  if method not in objectives.METHODS:
+    raise UserError(unknown('method', method, objectives.METHODS))
+  config = Config(objective=objectives.METHODS[method]())
+  result = ml_collections.ConfigDict(_to_dict(config))
+  result.lock()
+  result.update(changes)
+  return result
+
+
+def validate(cfg: ml_collections.ConfigDict) -> Config:
+  """The frozen `Config`; raises `UserError` for an unknown key, a wrong type or a wrong value."""
+  values = cfg.to_dict() if hasattr(cfg, 'to_dict') else dict(cfg)
+  method = values.get('objective', {}).get('name', 'dopd')
+  if method not in objectives.METHODS:
+    raise UserError(unknown('objective.name', method, objectives.METHODS))
+  config = _from_dict(Config(objective=objectives.METHODS[method]()), values, '')
+  config.objective.build()
+  _check(config)
+  return config
+
+
+def to_json(config: Config) -> str:
+  """The config as JSON, as it stands in a workdir."""
+  return json.dumps(_to_dict(config), indent=2, sort_keys=True)
+
+
+def fingerprint(config: Config) -> str:
+  """A hash of everything that decides the numbers of a run: two runs share it or differ in them."""
+  values = {k: v for k, v in _to_dict(config).items() if k not in CADENCE}
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict, new: dict, prefix: str = '') -> list[str]:
+  """Dotted names of the settings that decide numbers and differ between two configs as dicts."""
+  found = []
+  for key in sorted(old.keys() | new.keys()):
+    name = f'{prefix}{key}'
+    if not prefix and key in CADENCE:
+      continue
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      found += differences(a, b, f'{name}.')
+    elif a != b:
+      found.append(f'{name} (was {a!r}, is {b!r})')
+  return found
+
+
+def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
+  """The part of `--config=file.py:a=1,b,c=x` behind the colon; a bare word is `True`.
+
+  Raises:
+    UserError: a word that is none of `defaults`, or a value of another type.
+  """
+  result = dict(defaults)
+  for item in filter(None, arg.split(',')):
+    key, _, value = item.partition('=')
+    if key not in defaults:
+      raise UserError(unknown('config argument', key, defaults))
+    kind = type(defaults[key])
+    if kind is bool:
+      result[key] = value.lower() not in ('0', 'false')
+    else:
+      try:
+        result[key] = kind(value)
+      except ValueError:
+        raise UserError(f'config argument {key} must be a {kind.__name__}, not {value!r}') from None
+  return ml_collections.ConfigDict(result)
+
+
+def unknown(what: str, word: str, known) -> str:
+  """One sentence for a word that is not known, with the nearest one that is."""
+  near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+  hint = f'did you mean {near[0]!r}?' if near else f'it must be one of {", ".join(sorted(known))}.'
+  return f'unknown {what} {word!r}: {hint}'
+
+
+def _to_dict(node: Any) -> Any:
+  if dataclasses.is_dataclass(node):
+    return {f.name: _to_dict(getattr(node, f.name)) for f in dataclasses.fields(node)}
+  return node
+
+
+def _from_dict(node: Any, values: Any, path: str) -> Any:
+  """`node` with the fields that `values` names replaced, types checked against the defaults."""
+  if not isinstance(values, dict):
+    raise UserError(f'{path} must be a group of settings, not {values!r}')
+  fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+  changes = {}
+  for key, value in values.items():
+    name = f'{path}.{key}' if path else key
+    if key not in fields:
+      raise UserError(unknown(f'config key in {path or "the config"}', key, fields))
+    old = fields[key]
+    if dataclasses.is_dataclass(old):
+      changes[key] = _from_dict(old, value, name)
+      continue
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+      value = float(value)
+    if isinstance(old, tuple) and isinstance(value, list):
+      value = tuple(value)
+    if type(value) is not type(old):
+      raise UserError(f'{name} must be of type {type(old).__name__}, not {value!r}')
+    changes[key] = value
+  return dataclasses.replace(node, **changes)
+
+
+def _check(c: Config) -> None:
+  at_least = {
+    'steps': (c.steps, 1),
+    'microbatch': (c.microbatch, 1),
+    'head_tile': (c.head_tile, 1),
+    'rollout.prompts': (c.rollout.prompts, 1),
+    'rollout.samples': (c.rollout.samples, 1),
+    'rollout.max_new_tokens': (c.rollout.max_new_tokens, 1),
+    'data.max_prompt_tokens': (c.data.max_prompt_tokens, 1),
+    'optimizer.learning_rate': (c.optimizer.learning_rate, 0.0),
+    'optimizer.warmup_steps': (c.optimizer.warmup_steps, 0),
+    'optimizer.weight_decay': (c.optimizer.weight_decay, 0.0),
+    'optimizer.clip_norm': (c.optimizer.clip_norm, 0.0),
+    'checkpoint.every': (c.checkpoint.every, 1),
+    'checkpoint.keep': (c.checkpoint.keep, 1),
+    'evaluation.every': (c.evaluation.every, 0),
+    'log.every': (c.log.every, 1),
+    'student.keep_every': (c.student.keep_every, 1),
+  }
+  for name, (value, least) in at_least.items():
+    if not value >= least:
+      raise UserError(f'{name} must be at least {least}, not {value}')
+  one_of = {
+    'data.privileged': (c.data.privileged, ('required', 'none')),
+    'data.on_too_long': (c.data.on_too_long, ('drop', 'error')),
+    'compute_dtype': (c.compute_dtype, ('auto', 'float32', 'bfloat16')),
+  }
+  for name, (value, allowed) in one_of.items():
+    if value not in allowed:
+      raise UserError(f'{name} must be one of {", ".join(allowed)}, not {value!r}')
+  if c.rollout.prompts_at_once and c.rollout.prompts % c.rollout.prompts_at_once:
+    raise UserError(
+      f'rollout.prompts ({c.rollout.prompts}) must be a multiple of rollout.prompts_at_once '
+      f'({c.rollout.prompts_at_once})'
+    )
+  if (c.rollout.prompts * c.rollout.samples) % c.microbatch:
+    raise UserError(
+      f'rollout.prompts * rollout.samples ({c.rollout.prompts * c.rollout.samples} rows) must be a '
+      f'multiple of microbatch ({c.microbatch})'
+    )
+  if c.optimizer.warmup_steps > c.steps:
+    raise UserError(
+      f'optimizer.warmup_steps ({c.optimizer.warmup_steps}) must not exceed steps ({c.steps})'
+    )
+  if bool(c.data.train) == bool(c.data.stages):
+    raise UserError('set either data.train (one source) or data.stages (a curriculum)')
