@@ -7,6 +7,9 @@ import jax
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach for a hub
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
+# Tests compile far more than they compute. Commands under test run in processes of their own,
+# optimised.
+jax.config.update('jax_disable_most_optimizations', True)
 
 try:
   from absl import flags

@@ -1,0 +1,164 @@
+r"""Checkpoints that lose nothing: Orbax writes arrays in the background, a manifest commits them.
+
+    checkpoints/00000040/state/         Orbax: the TrainState, on any mesh
+    checkpoints/00000040/run.json       step, data iterator, metrics, fingerprint of the config
+    checkpoints/00000040/manifest.json  SHA-256 of every file; written last
+
+A directory without a manifest is an unfinished save and is never read. An older checkpoint is
+deleted only after a newer one has its manifest, so a kill at any moment leaves one that loads.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from dopd_jax.errors import UserError
+
+
+class Checkpoints:
+  """The checkpoints of one workdir.
+
+  Args:
+    directory: where they live; made when the first is saved.
+    keep: how many of the newest to keep.
+    best: metric in the saved `metrics` by which the best is kept as well; '' for none.
+    lower_is_better: the direction of `best`.
+  """
+
+  def __init__(self, directory: str, keep: int = 2, best: str = '', lower_is_better: bool = False):
+    self._root = epath.Path(directory)
+    self._keep, self._best, self._sign = keep, best, -1 if lower_is_better else 1
+    self._thread: threading.Thread | None = None
+    self._error: Exception | None = None
+
+  def steps(self) -> list[int]:
+    """Steps of the finished checkpoints, oldest first."""
+    if not self._root.exists():
+      return []
+    done = (p for p in self._root.iterdir() if (p / 'manifest.json').exists())
+    return sorted(int(p.name) for p in done)
+
+  def best_step(self) -> int | None:
+    """The step with the best metric, or None."""
+    scored = []
+    for step in self.steps():
+      value = json.loads((self._path(step) / 'run.json').read_text())['metrics'].get(self._best)
+      if value is not None:
+        scored.append((self._sign * value, step))
+    return max(scored)[1] if scored else None
+
+  def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
+    """Starts a save and returns once `state` may be donated.
+
+    Args:
+      step: its number.
+      state: a tree of arrays.
+      run: JSON-able; must hold `metrics`.
+
+    Raises:
+      UserError: an earlier save failed. No finished checkpoint is lost by that.
+    """
+    self.wait()
+    path = self._path(step)
+    try:
+      if path.exists():
+        path.rmtree()
+      path.mkdir(parents=True)
+      response = ocp.save_async(path / 'state', state)
+    except Exception as error:
+      raise self._failed(step, error) from error
+    self._thread = threading.Thread(target=self._commit, args=(step, response, dict(run)))
+    self._thread.start()
+
+  def wait(self) -> None:
+    """Blocks until the save in flight is durable; raises `UserError` if it failed."""
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    self.check()
+
+  def check(self) -> None:
+    """Raises `UserError` if a save has failed, without waiting."""
+    if self._error is not None:
+      error, self._error = self._error, None
+      raise error
+
+  def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """The state with the shapes, dtypes and shardings of `like`, and the run's facts.
+
+    Raises:
+      UserError: a file is missing or changed since it was saved, or the state is another model's.
+    """
+    path = self._path(step)
+    manifest = json.loads((path / 'manifest.json').read_text())
+    for name, digest in manifest['files'].items():
+      file = path / name
+      if not file.exists() or _sha256(file) != digest:
+        raise UserError(
+          f'checkpoint {path} is damaged ({name} is missing or has another hash): delete that '
+          'directory to go on from the one before'
+        )
+    try:
+      state = ocp.load(path / 'state', like)
+    except ValueError as error:
+      raise UserError(
+        f'checkpoint {path} belongs to another model ({str(error).splitlines()[0][:200]}): use '
+        'another workdir'
+      ) from error
+    return state, json.loads((path / 'run.json').read_text())
+
+  def _path(self, step: int) -> epath.Path:
+    return self._root / f'{step:08d}'
+
+  def _commit(self, step: int, response: Any, run: dict[str, Any]) -> None:
+    path = self._path(step)
+    try:
+      response.result()
+      if jax.process_index() == 0:
+        _write(path / 'run.json', json.dumps({'step': step, **run}))
+        files = sorted(p for p in path.glob('**/*') if p.is_file())
+        digests = {str(p.relative_to(path)): _sha256(p) for p in files}
+        _write(path / 'manifest.json', json.dumps({'step': step, 'files': digests}, indent=1))
+        self._prune()
+    except Exception as error:
+      self._error = self._failed(step, error)
+
+  def _prune(self) -> None:
+    steps = self.steps()
+    kept = {*steps[-self._keep :], self.best_step() if self._best else None}
+    for step in set(steps) - kept:
+      # The manifest goes first: a half-deleted checkpoint must not look finished.
+      (self._path(step) / 'manifest.json').unlink()
+      self._path(step).rmtree()
+
+  def _failed(self, step: int, error: Exception) -> UserError:
+    logging.debug('checkpoint at step %d', step, exc_info=error)
+    steps = [s for s in self.steps() if s != step]
+    last = f'the last good one is step {steps[-1]}' if steps else 'there is none before it'
+    text = ' '.join(str(error).split())[:200]
+    return UserError(
+      f'the checkpoint at step {step} could not be saved in {self._root} ({text}): make room or '
+      f'choose a workdir that can be written, then start again; {last}'
+    )
+
+
+def _write(path: epath.Path, text: str) -> None:
+  """Whole or not at all."""
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(text)
+  partial.rename(path)
+
+
+def _sha256(path: epath.Path) -> str:
+  digest = hashlib.sha256()
+  with path.open('rb') as file:
+    while block := file.read(1 << 20):
+      digest.update(block)
+  return digest.hexdigest()
