@@ -123,8 +123,7 @@ class Checkpoints:
       response.result()
       if jax.process_index() == 0:
         _write(path / 'run.json', json.dumps({'step': step, **run}))
-        files = sorted(p for p in path.glob('**/*') if p.is_file())
-        digests = {str(p.relative_to(path)): _sha256(p) for p in files}
+        digests = {str(p.relative_to(path)): _sha256(p) for p in _files(path)}
         _write(path / 'manifest.json', json.dumps({'step': step, 'files': digests}, indent=1))
         self._prune()
     except Exception as error:
@@ -147,6 +146,14 @@ class Checkpoints:
       f'the checkpoint at step {step} could not be saved in {self._root} ({text}): make room or '
       f'choose a workdir that can be written, then start again; {last}'
     )
+
+
+def _files(directory: epath.Path) -> list[epath.Path]:
+  """Every file below a directory."""
+  found = []
+  for path in sorted(directory.iterdir()):
+    found += _files(path) if path.is_dir() else [path]
+  return found
 
 
 def _write(path: epath.Path, text: str) -> None:

@@ -1,11 +1,18 @@
 r"""How every command starts and ends: absl flags, and exit code 2 for a user's mistake."""
 
+import logging as stdlib_logging
+import os
+import pathlib
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 
-from dopd_jax.errors import UserError
+from dopd_jax.errors import Stopped, UserError
+
+PACKAGE = pathlib.Path(__file__).parent
+CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'dopd_jax'
 
 
 def run(main: Callable[[], None]) -> None:
@@ -29,12 +36,23 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _guarded(main: Callable[[], None]) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+  logging.get_absl_handler().addFilter(_ours_or_serious)
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(CACHE / 'xla'))
   try:
     main()
   except UserError as error:
     _fail(str(error))
+  except Stopped as error:
+    print(f'stopped: {error}', file=sys.stderr)
+    sys.exit(1)
   except KeyboardInterrupt:
     sys.exit(130)
+
+
+def _ours_or_serious(record) -> bool:
+  """Libraries' INFO lines are not the user's."""
+  return record.levelno >= stdlib_logging.WARNING or str(PACKAGE) in record.pathname
 
 
 def _sentence(error: BaseException) -> str:

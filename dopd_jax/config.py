@@ -47,11 +47,11 @@ class Data:
   stages: tuple = ()  # ((source, steps), ...), a curriculum instead of `train`
   eval: str = ''  # held-out records with a verifier; '' for none
   columns: tuple = ()  # (('prompt', 'question'), ...): our column, theirs
-  privileged: str = 'required'  # or 'none': both policies see an empty context
+  privileged: str = 'column'  # or 'none': both policies see an empty context
   privileged_template: str = ''  # '' is the default wording
   thinking: bool = False
-  max_prompt_tokens: int = 1024
-  max_privileged_tokens: int = 0  # longest privileged prompt; 0: as max_prompt_tokens
+  max_prompt_tokens: int = 1024  # of the plain and of the privileged prompt
+  prompt_bucket: int = 64  # prompts are padded to a multiple: lengths within one share a compilation
   on_too_long: str = 'drop'  # drop and count, or 'error'
 
 
@@ -264,6 +264,7 @@ def _check(c: Config) -> None:
     'rollout.samples': (c.rollout.samples, 1),
     'rollout.max_new_tokens': (c.rollout.max_new_tokens, 1),
     'data.max_prompt_tokens': (c.data.max_prompt_tokens, 1),
+    'data.prompt_bucket': (c.data.prompt_bucket, 1),
     'optimizer.learning_rate': (c.optimizer.learning_rate, 0.0),
     'optimizer.warmup_steps': (c.optimizer.warmup_steps, 0),
     'optimizer.weight_decay': (c.optimizer.weight_decay, 0.0),
@@ -278,7 +279,7 @@ def _check(c: Config) -> None:
     if not value >= least:
       raise UserError(f'{name} must be at least {least}, not {value}')
   one_of = {
-    'data.privileged': (c.data.privileged, ('required', 'none')),
+    'data.privileged': (c.data.privileged, ('column', 'none')),
     'data.on_too_long': (c.data.on_too_long, ('drop', 'error')),
     'compute_dtype': (c.compute_dtype, ('auto', 'float32', 'bfloat16')),
   }

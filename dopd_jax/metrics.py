@@ -1,15 +1,14 @@
 r"""Numbers of a run: `metrics.jsonl`, TensorBoard, and what the terminal shows.
 
-A metric is a mean that is kept as (sum, count) until it is written, so that parts of a batch, or
-several batches, add up to the mean over all. Names are `train/...`, `eval/...` and `time/...`; the
-last are the only ones that differ between two identical runs.
+Every rollout batch is one row of numbers, each over the whole global batch. Names are `train/...`,
+`eval/...` and `time/...`; the last are the only ones that differ between two identical runs. What
+each means stands in `report.METRICS`.
 """
 
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,31 +16,8 @@ import tensorboardX
 from rich import progress
 from rich.console import Console
 
+from dopd_jax import report
 from dopd_jax.step import Batch, Scored, Updated
-
-
-class Mean(NamedTuple):
-  """A mean in the making; adds up."""
-
-  total: float
-  count: float = 1.0
-
-  def __add__(self, other: 'Mean') -> 'Mean':  # type: ignore[override]
-    return Mean(self.total + other.total, self.count + other.count)
-
-  @property
-  def value(self) -> float:
-    """The mean; of nothing it is NaN, which is written as null."""
-    return self.total / self.count if self.count else math.nan
-
-
-Means = dict[str, Mean]
-
-
-def merge(into: Means, new: Mapping[str, Mean]) -> None:
-  """Adds `new` to `into`, name by name."""
-  for name, mean in new.items():
-    into[name] = into[name] + mean if name in into else mean
 
 
 def of_update(
@@ -49,9 +25,10 @@ def of_update(
   scored: Scored,
   updated: Updated,
   regimes: tuple[str, ...],
-  rewards: np.ndarray | None,
+  rewards: np.ndarray,
   truncated: np.ndarray,
-) -> Means:
+  sampled: bool = True,
+) -> dict[str, float]:
   """The metrics of one rollout batch. Everything given is on the host.
 
   Args:
@@ -59,43 +36,46 @@ def of_update(
     scored: its signals and plan.
     updated: what the update told.
     regimes: names, by index.
-    rewards: [B] in [0, 1], NaN where no verifier knows; None without verifiers.
+    rewards: [B] in [0, 1], NaN where no verifier knows.
     truncated: [B] bool, completions that met the length limit.
+    sampled: whether the student wrote the completions, so that the sampler has a log-prob to check.
   """
-  mask, regime = batch.mask, scored.plan.regime
-  tokens, rows = float(mask.sum()), float(mask.shape[0])
-  gap = np.abs(updated.token.logp - batch.logp)
-  means = {
-    'train/loss': Mean(float(updated.loss)),
-    'train/grad_norm': Mean(float(updated.grad_norm)),
-    'train/entropy/S': Mean(float(updated.token.entropy[mask].sum()), tokens),
-    'train/completion_length': Mean(tokens, rows),
-    'train/truncated_share': Mean(float(truncated.sum()), rows),
-    'train/empty_completions': Mean(float((~mask.any(1)).sum())),
-    'train/rollout_logp_gap': Mean(float(gap[mask].sum()), tokens),
-    'train/rollout_logp_gap_max': Mean(float(gap[mask].max(initial=0.0))),
+  mask, regime, token = batch.mask, scored.plan.regime, updated.token
+  gap = np.abs(token.logp - batch.logp)[mask]
+  values = {
+    'train/loss': updated.loss,
+    'train/grad_norm': updated.grad_norm,
+    'train/entropy/S': _mean(token.entropy[mask]),
+    'train/completion_length': mask.sum() / len(mask),
+    'train/truncated_share': truncated.mean(),
+    'train/empty_completions': (~mask.any(1)).sum(),
   }
+  if sampled:
+    values['train/rollout_logp_gap'] = _mean(gap)
+    values['train/rollout_logp_gap_max'] = gap.max(initial=0.0)
   for name, signals in scored.signals.items():
-    means[f'train/entropy/{name}'] = Mean(float(signals.entropy[mask].sum()), tokens)
+    values[f'train/entropy/{name}'] = _mean(signals.entropy[mask])
   for name, value in scored.plan.scalars.items():
-    means[f'train/{name}'] = Mean(float(value))
+    values[f'train/{name}'] = value
 
-  weighted = np.where(mask, scored.plan.coef * updated.token.loss, 0.0)
-  known = None if rewards is None else ~np.isnan(rewards)
+  known = ~np.isnan(rewards)
+  weighted = np.where(mask, scored.plan.coef * token.loss, 0.0)
   for index, name in enumerate(regimes):
     here = regime == index
-    means[f'train/regime_share/{name}'] = Mean(float(here.sum()), tokens)
-    means[f'train/regime_loss/{name}'] = Mean(float(weighted[here].sum()))
-    norm = math.sqrt(float((updated.head_grad[here].astype(np.float64) ** 2).sum()))
-    means[f'train/head_grad_norm/{name}'] = Mean(norm)
-    if rewards is not None and known.any():
-      for side, chosen in (('right', known & (rewards >= 0.5)), ('wrong', known & (rewards < 0.5))):
-        means[f'train/regime_share_{side}/{name}'] = Mean(
-          float(here[chosen].sum()), float(mask[chosen].sum())
-        )
-  if rewards is not None and known.any():
-    means['train/accuracy'] = Mean(float(rewards[known].sum()), float(known.sum()))
-  return means
+    values[f'train/regime_share/{name}'] = here.sum() / max(mask.sum(), 1)
+    values[f'train/regime_loss/{name}'] = weighted[here].sum()
+    squares = updated.head_grad[here].astype(np.float64) ** 2
+    values[f'train/head_grad_norm/{name}'] = np.sqrt(squares.sum())
+    for side, rows in (('right', known & (rewards >= 0.5)), ('wrong', known & (rewards < 0.5))):
+      if rows.any():
+        values[f'train/regime_share_{side}/{name}'] = here[rows].sum() / max(mask[rows].sum(), 1)
+  if known.any():
+    values['train/accuracy'] = rewards[known].mean()
+  return {name: float(value) for name, value in values.items()}
+
+
+def _mean(values: np.ndarray) -> float:
+  return float(values.mean(dtype=np.float64)) if values.size else 0.0
 
 
 class Writer:
@@ -109,7 +89,11 @@ class Writer:
     if not self._active:
       return
     self._path = os.path.join(workdir, 'metrics.jsonl')
-    rows = [r for r in read(self._path) if r['step'] <= resumed_step] if resumed_step else []
+    rows = (
+      [r for r in report.read_metrics(self._path) if r['step'] <= resumed_step]
+      if resumed_step
+      else []
+    )
     partial = f'{self._path}.partial'
     with open(partial, 'w') as file:
       file.writelines(json.dumps(row) + '\n' for row in rows)
@@ -138,19 +122,6 @@ class Writer:
       self._file.close()
       if self._board is not None:
         self._board.close()
-
-
-def read(path: str) -> list[dict]:
-  """The rows of a `metrics.jsonl`; a last line that a killed process left broken is dropped."""
-  rows = []
-  if os.path.exists(path):
-    with open(path) as file:
-      for line in file:
-        try:
-          rows.append(json.loads(line))
-        except json.JSONDecodeError:
-          break
-  return rows
 
 
 def bar(console: Console, unit: str = 'tok/s') -> progress.Progress:

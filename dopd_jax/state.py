@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from dopd_jax import sharding
 from dopd_jax.config import Optimizer
 from dopd_jax.objectives import Objective
 
@@ -33,13 +34,13 @@ def optimizer(cfg: Optimizer, steps: int) -> optax.GradientTransformation:
 
 def learning_rate(cfg: Optimizer, steps: int) -> optax.Schedule:
   """Full rate at update `warmup_steps`, `final_share` of it at update `steps`."""
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0 if cfg.warmup_steps else cfg.learning_rate,
-    peak_value=cfg.learning_rate,
-    warmup_steps=cfg.warmup_steps,
-    decay_steps=max(steps, cfg.warmup_steps + 1),
-    end_value=cfg.learning_rate * cfg.final_share,
+  decay = optax.cosine_decay_schedule(
+    cfg.learning_rate, max(steps - cfg.warmup_steps, 1), alpha=cfg.final_share
   )
+  if not cfg.warmup_steps:
+    return decay
+  warmup = optax.linear_schedule(0.0, cfg.learning_rate, cfg.warmup_steps)
+  return optax.join_schedules([warmup, decay], [cfg.warmup_steps])
 
 
 def create(params: Any, tx: optax.GradientTransformation, objective: Objective) -> TrainState:
@@ -55,6 +56,25 @@ def create(params: Any, tx: optax.GradientTransformation, objective: Objective) 
     ema=copy('ema'),
     frozen=copy('frozen'),
   )
+
+
+def place(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+  """The state with every array where `sharding` says, so that no step compiles twice."""
+  return jax.device_put(
+    state,
+    TrainState(
+      step=sharding.replicated(mesh),
+      params=sharding.param_shardings(state.params, mesh),
+      opt_state=sharding.param_shardings(state.opt_state, mesh),
+      ema=sharding.param_shardings(state.ema, mesh),
+      frozen=sharding.param_shardings(state.frozen, mesh),
+    ),
+  )
+
+
+def abstract(state: TrainState) -> TrainState:
+  """Shapes, dtypes and shardings of a state: what a checkpoint is read into."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def _decays(params: Any) -> Any:

@@ -36,7 +36,8 @@ class Batch(NamedTuple):
 
   prompts: Mapping[str, Prompt]
   tokens: Int[Array, 'B N']  # completions as sampled
-  mask: Bool[Array, 'B N']
+  mask: Bool[Array, 'B N']  # which of them are real: a prefix of each row
+  supervised: Bool[Array, 'B N']  # which of those may carry loss; all, for sampled completions
   logp: Float[Array, 'B N']  # the sampler's, nats
 
 
@@ -147,7 +148,7 @@ def make_steps(
         return h, ask(h, head, x.tokens)
 
       hidden[name], signals[name] = _over_micro_batches(rows, batch, microbatch)
-    return Scored(hidden, signals, make_plan(objective, signals, batch.mask))
+    return Scored(hidden, signals, make_plan(objective, signals, batch.supervised))
 
   def head_loss(head, hidden, source_heads, source_hidden, tokens, regime, coef):
     """Sum of coef * token_loss over a micro-batch, and what to log of each token."""
@@ -221,7 +222,7 @@ def make_steps(
     grad_norm = optax.tree.norm(grads)
     row_finite = jnp.all(jnp.isfinite(token.loss) & jnp.isfinite(head_grad), axis=1)
     ok = jnp.all(row_finite) & jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-    new_state = _apply(state, grads, ok, jnp.any(batch.mask))
+    new_state = _apply(state, grads, ok, jnp.any(batch.supervised))
     return new_state, Updated(loss, grad_norm, row_finite, ok, token, head_grad)
 
   def _apply(state: TrainState, grads, ok, some_tokens) -> TrainState:

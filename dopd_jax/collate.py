@@ -1,0 +1,90 @@
+"""Host and device: examples become arrays on the mesh, and arrays come back as NumPy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dopd_jax import sharding
+from dopd_jax.data import Example, pad_batch
+from dopd_jax.rollout import Rollout, StopReason, bucket_length
+from dopd_jax.step import Batch, Prompt
+
+
+def prompts(
+  examples: Sequence[Example],
+  contexts: Sequence[str],
+  bucket: int,
+  pad_id: int,
+  fill: int = 0,
+) -> dict[str, Prompt]:
+  """The prompts of a batch in each context, right-padded to a multiple of `bucket`, on the host.
+
+  Args:
+    examples: b of them.
+    contexts: 'plain', 'privileged'.
+    bucket: tokens; lengths within one bucket share a compilation.
+    pad_id: what stands behind a prompt.
+    fill: rows of the result; those past b are empty (length 0).
+  """
+  result = {}
+  for context in contexts:
+    rows = [e.prompt_ids if context == 'plain' else e.privileged_ids for e in examples]
+    rows += [[]] * (fill - len(rows))
+    P = bucket_length(max(map(len, rows)), bucket)
+    tokens, valid = pad_batch(rows, P, pad_id)
+    result[context] = Prompt(tokens, valid.sum(1).astype(np.int32))
+  return result
+
+
+def repeat(tree: Any, times: int) -> Any:
+  """Every row `times` times, side by side: one prompt's completions are adjacent."""
+  return jax.tree.map(lambda x: np.repeat(x, times, axis=0), tree)
+
+
+def fixed_completions(
+  examples: Sequence[Example], length: int, pad_id: int
+) -> tuple[Rollout, np.ndarray]:
+  """A rollout of the completions of the data, and which of its tokens carry loss [B, N]."""
+  tokens, mask = pad_batch([e.completion_ids or [] for e in examples], length, pad_id)
+  supervised, _ = pad_batch(
+    [e.completion_mask or [True] * len(e.completion_ids or []) for e in examples], length, 0
+  )
+  zeros = np.zeros(tokens.shape, np.float32)
+  stop = np.full(len(tokens), StopReason.STOP.value, np.int32)
+  return Rollout(tokens, mask, zeros, zeros, stop), supervised.astype(bool) & mask
+
+
+def choose_context(
+  by_context: dict[str, Prompt], examples: Sequence[Example], share: float, seed: int
+) -> dict[str, Prompt]:
+  """As 'plain', `share` of the rows with their privileged prompt, by a coin of their own draw."""
+  if not share:
+    return by_context
+  coin = [np.random.default_rng([seed, e.draw]).random() < share for e in examples]
+  plain, privileged = by_context['plain'], by_context['privileged']
+  P = max(plain.tokens.shape[1], privileged.tokens.shape[1])
+  wide = [np.pad(x.tokens, ((0, 0), (0, P - x.tokens.shape[1]))) for x in (privileged, plain)]
+  tokens = np.where(np.array(coin)[:, None], *wide)
+  return {'plain': Prompt(tokens, np.where(coin, privileged.length, plain.length))}
+
+
+def put(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Arrays [b, ...] of this process as global arrays with their rows split over the mesh."""
+  rows = sharding.rows(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
+
+
+def fetch(tree: Any) -> Any:
+  """Global arrays as NumPy, whole, on every process."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def as_batch(by_context: dict[str, Prompt], rollout: Rollout, supervised: Any = None) -> Batch:
+  """What the steps see of a rollout; without `supervised` every token may carry loss."""
+  supervised = rollout.mask if supervised is None else supervised
+  return Batch(by_context, rollout.tokens, rollout.mask, supervised, rollout.logp)

@@ -1,0 +1,372 @@
+"""From records to batches: tokenised ahead, shuffled, staged, sharded by process, exactly resumable.
+
+The order of the examples is a function of the seed and of the number of batches taken so far. That
+number is the whole state, the same for all processes, so that a run goes on with another process
+count where it stopped. Batches are global: process p takes the p-th slice of each.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import logging
+
+from dopd_jax.data.chat import Renderer
+from dopd_jax.data.records import Record
+from dopd_jax.data.sources import Loader, open_source
+from dopd_jax.errors import UserError
+
+
+_CHUNK = 1024  # records rendered in one call of the tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """A record as token ids.
+
+  Attributes:
+    index: position of the record in its source, stable whatever is dropped or shuffled.
+    record: the record itself.
+    prompt_ids: the plain prompt, generation prompt included.
+    privileged_ids: the privileged prompt; equal to `prompt_ids` where the context is blank.
+    completion_ids: a given completion and its stop token, or None.
+    completion_mask: which of `completion_ids` are trained on, from the column `completion_mask` of
+      the data (one value a token, the stop token optional); None means all.
+    draw: index + epoch * records in the source: a record drawn twice into one batch, at the turn of an
+      epoch or where a batch is larger than the data, differs here. Fold this into sampling keys.
+  """
+
+  index: int
+  record: Record
+  prompt_ids: list[int]
+  privileged_ids: list[int]
+  completion_ids: list[int] | None = None
+  completion_mask: list[bool] | None = None
+  draw: int = 0
+
+
+class Dropped(NamedTuple):
+  """How many records were too long, by the first part found too long."""
+
+  prompt: int = 0
+  privileged: int = 0
+  completion: int = 0
+
+  @property
+  def total(self) -> int:
+    """All of them."""
+    return sum(self)
+
+
+class Tokenised(NamedTuple):
+  """The examples kept of a source, what was dropped, and how many records there were."""
+
+  examples: list[Example]
+  dropped: Dropped
+  size: int
+  name: str
+
+
+def tokenise(
+  records: Sequence[Record],
+  renderer: Renderer,
+  *,
+  max_prompt_tokens: int,
+  max_completion_tokens: int | None = None,
+  on_too_long: str = 'drop',
+  name: str = 'the data',
+) -> Tokenised:
+  """Renders all records, and drops or refuses what is too long; nothing is ever cut.
+
+  Args:
+    records: in the order that gives each its index.
+    renderer: makes the ids.
+    max_prompt_tokens: limit of the plain and of the privileged prompt.
+    max_completion_tokens: limit of a given completion, its stop token included; None leaves given
+      completions aside (`completion_ids` is None).
+    on_too_long: 'drop', and count, or 'error'.
+    name: of the data, in messages.
+
+  Raises:
+    UserError: on_too_long='error' and a record is too long; or nothing is left.
+  """
+  if on_too_long not in ('drop', 'error'):
+    raise UserError(f"data.on_too_long is 'drop' or 'error', not {on_too_long!r}.")
+  examples, dropped, unknown = [], Dropped(), []
+  for example in _render_all(records, renderer, max_completion_tokens is not None):
+    record = example.record
+    if _has_unknown(example, renderer.tokenizer):
+      unknown.append(record.id)
+    limits = {
+      'prompt': (example.prompt_ids, max_prompt_tokens, 'data.max_prompt_tokens'),
+      'privileged': (example.privileged_ids, max_prompt_tokens, 'data.max_prompt_tokens'),
+      'completion': (example.completion_ids, max_completion_tokens, 'data.max_completion_tokens'),
+    }
+    long = [part for part, (ids, limit, _) in limits.items() if ids and len(ids) > limit]
+    if long and on_too_long == 'error':
+      ids, limit, key = limits[long[0]]
+      part = 'privileged prompt' if long[0] == 'privileged' else long[0]
+      raise UserError(
+        f'Record {record.id}: the {part} has {len(ids)} tokens and {key} is {limit}; '
+        "raise it, shorten the record, or set data.on_too_long='drop'."
+      )
+    if long:
+      dropped = dropped._replace(**{long[0]: getattr(dropped, long[0]) + 1})
+    else:
+      examples.append(example)
+  if unknown:
+    logging.warning(
+      '%d of %d records of %s have words that the tokenizer does not know; the first is %s.',
+      len(unknown), len(records), name, unknown[0],
+    )  # fmt: skip
+  if not examples:
+    raise UserError(
+      f'All {len(records)} records of {name} are too long (prompt {dropped.prompt}, privileged prompt '
+      f'{dropped.privileged}, completion {dropped.completion}): raise data.max_prompt_tokens or '
+      'data.max_completion_tokens.'
+    )
+  if dropped.total:
+    logging.warning('Dropped %d of %d records of %s as too long: %s.',
+                    dropped.total, len(records), name, dropped)  # fmt: skip
+  return Tokenised(examples, dropped, len(records), name)
+
+
+class Pipeline(Iterator[list[Example]]):
+  """Batches of examples, stage after stage.
+
+  Within a stage the examples come in a shuffled order, each once an epoch, and epochs follow each
+  other without a gap: a batch may hold the end of one and the start of the next. A stage ends after
+  its number of batches, and the next one starts with the following batch.
+
+  Args:
+    stages: (examples, number of batches) pairs; None batches, for the last stage only, is without end.
+    batch_size: examples a global batch.
+    seed: of the order.
+    process_index: which slice of each batch this process gets.
+    process_count: number of processes; divides batch_size.
+
+  Raises:
+    UserError: an impossible number.
+  """
+
+  def __init__(
+    self,
+    stages: Sequence[tuple[Tokenised, int | None]],
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+      raise UserError(
+        f'The batch of {batch_size} prompts must be a positive multiple of the number of processes, '
+        f'{process_count}.'
+      )
+    if not 0 <= process_index < process_count:
+      raise UserError(f'There is no process {process_index} of {process_count}.')
+    if not (isinstance(seed, int) and seed >= 0):
+      raise UserError(f'The seed of the data order is a whole number from 0, not {seed!r}.')
+    if not stages:
+      raise UserError('data.stages is empty: name at least one source.')
+    for number, (_, steps) in enumerate(stages):
+      if steps is None and number < len(stages) - 1:
+        raise UserError(f'Stage {number} of data.stages needs a number of steps: others follow it.')
+      if steps is not None and steps < 1:
+        raise UserError(f'Stage {number} of data.stages has {steps} steps: give it at least 1.')
+    self._stages = list(stages)
+    self._orders = [_order(data.examples, seed, i, batch_size) for i, (data, _) in enumerate(stages)]
+    self._batch_size = batch_size
+    share = batch_size // process_count
+    self._mine = range(process_index * share, (process_index + 1) * share)
+    self._fingerprint = _fingerprint(stages, batch_size, seed)
+    self._taken = 0
+
+  @property
+  def length(self) -> int | None:
+    """Batches in all stages together; None without end."""
+    steps = [steps for _, steps in self._stages]
+    return None if None in steps else sum(steps)
+
+  @property
+  def dropped(self) -> Dropped:
+    """What was dropped as too long, over all sources (each counted once)."""
+    sources = {id(data): data.dropped for data, _ in self._stages}.values()
+    return Dropped(*(sum(counts) for counts in zip(*sources)))
+
+  def stage_of(self, batch: int) -> int | None:
+    """The stage that the batch of this number (from 0) belongs to; None past the end."""
+    located = self._locate(batch)
+    return located[0] if located else None
+
+  def __next__(self) -> list[Example]:
+    located = self._locate(self._taken)
+    if located is None:
+      raise StopIteration
+    stage, step = located
+    data = self._stages[stage][0]
+    batch = self._orders[stage][step]
+    self._taken += 1
+    start = step * self._batch_size
+    return [
+      dataclasses.replace(
+        batch[row],
+        draw=batch[row].index + (start + row) // len(data.examples) * data.size,
+      )
+      for row in self._mine
+    ]
+
+  def get_state(self) -> dict[str, Any]:
+    """The position, as plain JSON; the same for every process and process count."""
+    return {'batches': self._taken, 'fingerprint': self._fingerprint}
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Goes on from a position that `get_state` gave.
+
+    Raises:
+      UserError: the state is of other data, another batch size or another seed.
+    """
+    if state.get('fingerprint') != self._fingerprint:
+      raise UserError(
+        'The saved position in the data belongs to other data or stages, another batch size, tokenizer '
+        'or seed: restore these, or start in a new workdir.'
+      )
+    self._taken = int(state['batches'])
+
+  def _locate(self, batch: int) -> tuple[int, int] | None:
+    for stage, (_, steps) in enumerate(self._stages):
+      if steps is None or batch < steps:
+        return stage, batch
+      batch -= steps
+    return None
+
+
+def make_pipeline(
+  stages: Sequence[tuple[str, int | None]],
+  renderer: Renderer,
+  *,
+  batch_size: int,
+  seed: int,
+  max_prompt_tokens: int,
+  max_completion_tokens: int | None = None,
+  on_too_long: str = 'drop',
+  privileged: str = 'column',
+  columns: Mapping[str, str] | None = None,
+  loaders: Mapping[str, Loader] | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Pipeline:
+  """Opens, tokenises and orders the sources of a curriculum: (source spec, number of batches) pairs.
+
+  `open_source`, `tokenise` and `Pipeline` say what the arguments are and what they raise.
+  """
+  tokenised: dict[str, Tokenised] = {}
+  for spec, _ in stages:
+    if spec not in tokenised:
+      tokenised[spec] = tokenise(
+        open_source(spec, privileged=privileged, columns=columns, loaders=loaders),
+        renderer,
+        max_prompt_tokens=max_prompt_tokens,
+        max_completion_tokens=max_completion_tokens,
+        on_too_long=on_too_long,
+        name=spec,
+      )
+  return Pipeline(
+    [(tokenised[spec], steps) for spec, steps in stages],
+    batch_size=batch_size,
+    seed=seed,
+    process_index=process_index,
+    process_count=process_count,
+  )
+
+
+def pad_batch(
+  rows: Sequence[Sequence[int]], length: int, pad_id: int, side: str = 'right'
+) -> tuple[np.ndarray, np.ndarray]:
+  """Pads rows of ids to one length.
+
+  Args:
+    rows: B rows of at most `length` ids.
+    length: T.
+    pad_id: the id where there is no token.
+    side: of the padding, 'left' or 'right'.
+
+  Returns:
+    tokens [B, T] int32, and valid [B, T] bool: which columns hold a token. Padding is told by place,
+    never by id: the pad id may be the stop id.
+
+  Raises:
+    ValueError: a row is longer than `length`, or there is no such side.
+  """
+  if side not in ('left', 'right'):
+    raise ValueError(f"side is 'left' or 'right', not {side!r}")
+  tokens = np.full((len(rows), length), pad_id, np.int32)
+  valid = np.zeros((len(rows), length), bool)
+  for row, ids in enumerate(rows):
+    if len(ids) > length:
+      raise ValueError(f'row {row} has {len(ids)} ids, more than {length}')
+    columns = slice(0, len(ids)) if side == 'right' else slice(length - len(ids), length)
+    tokens[row, columns] = ids
+    valid[row, columns] = True
+  return tokens, valid
+
+
+def _render_all(
+  records: Sequence[Record], renderer: Renderer, with_completion: bool
+) -> Iterator[Example]:
+  for start in range(0, len(records), _CHUNK):
+    chunk = [records[i] for i in range(start, min(start + _CHUNK, len(records)))]
+    completions = renderer.completion_batch(chunk) if with_completion else [None] * len(chunk)
+    columns = zip(chunk, renderer.plain_batch(chunk), renderer.privileged_batch(chunk), completions)
+    for index, (record, prompt_ids, privileged_ids, completion_ids) in enumerate(columns, start):
+      if not prompt_ids:
+        raise UserError(
+          f'Record {record.id}: the prompt has no tokens; write one or remove the record.'
+        )
+      mask = _completion_mask(record, completion_ids)
+      yield Example(index, record, prompt_ids, privileged_ids, completion_ids, mask, draw=index)
+
+
+def _completion_mask(record: Record, ids: list[int] | None) -> list[bool] | None:
+  mask = record.extra.get('completion_mask')
+  if mask is None or ids is None:
+    return None
+  if not isinstance(mask, list) or any(value not in (0, 1) for value in mask):
+    raise UserError(f'Record {record.id}: completion_mask is a list of 0 and 1.')
+  mask = [bool(value) for value in mask]
+  if len(mask) == len(ids) - 1:
+    mask.append(True)
+  if len(mask) != len(ids):
+    raise UserError(
+      f'Record {record.id}: completion_mask has {len(mask)} values for {len(ids)} completion tokens.'
+    )
+  return mask
+
+
+def _has_unknown(example: Example, tokenizer) -> bool:
+  unknown = tokenizer.unk_token_id
+  # Some tokenizers name another token as the unknown one, and that is no sign of anything.
+  if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+    return False
+  ids = (example.prompt_ids, example.privileged_ids, example.completion_ids or [])
+  return any(unknown in part for part in ids)
+
+
+def _order(examples: list[Example], seed: int, stage: int, batch_size: int) -> grain.MapDataset:
+  # Stages on the same data get orders of their own; grain wants 32 bits.
+  grain_seed = int(np.random.SeedSequence([seed, stage]).generate_state(1)[0])
+  order = grain.MapDataset.source(examples).seed(grain_seed).shuffle().repeat()
+  return order.batch(batch_size, drop_remainder=True, batch_fn=list)
+
+
+def _fingerprint(stages: Sequence[tuple[Tokenised, int | None]], batch_size: int, seed: int) -> str:
+  digest = hashlib.sha256(f'{batch_size} {seed}'.encode())
+  for data, steps in stages:
+    digest.update(f' stage {steps} {data.size} '.encode())
+    for example in data.examples:
+      parts = [example.prompt_ids, example.privileged_ids, example.completion_ids or []]
+      digest.update(np.array([example.index, *map(len, parts), *sum(parts, [])], '<i8').tobytes())
+  return digest.hexdigest()

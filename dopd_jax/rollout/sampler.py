@@ -1,0 +1,271 @@
+"""The native sampler: a prompt is read once, and its M completions are written side by side.
+
+Prompts come padded to a bucket, `valid` says what is real, and the same shapes compile once. Each
+step of a `lax.while_loop` feeds one token a row and draws the next; the loop ends when every row
+has stopped. The cache is part of the loop's carry, so that XLA updates it in place.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dopd_jax.errors import UserError
+from dopd_jax.rollout.filters import filter_logits
+from dopd_jax.rollout.types import Decoder, Engine, Rollout, Sampling, StopReason
+
+# Columns below which a cache isn't worth growing: each growth compiles another loop.
+_SHORTEST = 256
+# A TPU's lane width. 151,936, the vocabulary of Qwen3, is a multiple of it.
+_BLOCK = 128
+
+
+def make_sampler(
+  model: Decoder,
+  sampling: Sampling,
+  *,
+  stop_ids: Sequence[int],
+  pad_id: int,
+  live_vocab: int,
+  banned_ids: Sequence[int] = (),
+) -> Engine:
+  """A pure `sample(params, tokens [b, P], valid [b, P], key, record_index [b]) -> Rollout`.
+
+  The caller jits it. Ids that are not live, and banned ones, get probability 0 in the draw and in
+  `logp`: they are masked before the log-softmax. With temperature 0 the likeliest token is taken,
+  the smallest id on a tie, and `behaviour_logp` is 0. Sample m of a record has the key
+  `fold_in(fold_in(key, record_index), m)`, folded with the completion position for each token, so
+  that it depends neither on the batch nor on M; float rounding may. The same record twice in a
+  batch gives the same completions twice.
+
+  Args:
+    model: `forward`, `init_cache` and `head`.
+    sampling: lengths, temperature and filters.
+    stop_ids: a completion ends with the first of these. Empty: all run to `max_new_tokens`.
+    pad_id: what to write after the end. It may be a stop id: masks never come from ids.
+    live_vocab: `len(tokenizer)`. Rows of the head beyond it belong to no token.
+    banned_ids: never sampled, such as an image placeholder.
+
+  Raises: UserError if every id is banned, or if no stop id can be sampled.
+  """
+  generate = make_generate(
+    model,
+    sampling,
+    stop_ids=stop_ids,
+    pad_id=pad_id,
+    live_vocab=live_vocab,
+    banned_ids=banned_ids,
+  )
+
+  def sample(params, tokens, valid, key, record_index):
+    return generate(params, tokens, valid, key, record_index)[0]
+
+  return sample
+
+
+class _State(NamedTuple):
+  """Carry of the loop. Column `step` of the rollout is the next to be written."""
+
+  step: Int[Array, '']
+  cache: Any
+  last: Int[Array, 'B']  # the token drawn before this step
+  active: Bool[Array, 'B']  # rows that have not stopped
+  rollout: Rollout
+
+
+def make_generate(
+  model: Decoder, sampling: Sampling, *, stop_ids, pad_id, live_vocab, banned_ids=()
+) -> Callable[..., tuple[Rollout, Int[Array, '']]]:
+  """As `make_sampler`, but also returns how many tokens a row were drawn before all had stopped."""
+  M, N = sampling.num_samples, sampling.max_new_tokens
+  sampleable = set(range(live_vocab)) - set(banned_ids)
+  if not sampleable:
+    raise UserError(f'All {live_vocab} ids of the vocabulary are banned: ban fewer.')
+  if stop_ids and sampleable.isdisjoint(stop_ids):
+    raise UserError(
+      f'No stop id of {sorted(stop_ids)} can be sampled from a vocabulary of {live_vocab} ids with '
+      f'{sorted(banned_ids)} banned: name the stop ids of this tokenizer.'
+    )
+  stops = jnp.asarray(sorted(stop_ids), jnp.int32)
+
+  def generate(params, tokens, valid, key, record_index):
+    b, P = tokens.shape
+    head = model.head(params)
+    live = _live_mask(head.shape[1], live_vocab, banned_ids)
+    keys = _sample_keys(key, record_index, M)
+
+    def write(state: _State, hidden: Float[Array, 'B D']) -> _State:
+      """Draws the token of column `step` for the rows that are active."""
+      logits = jnp.einsum(
+        'BD,DV->BV', hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+      )
+      logits = jnp.where(live[None, :], logits, -jnp.inf)
+      token, logp, behaviour_logp = _draw(_fold(keys, state.step), logits, sampling)
+      stopped = state.active & jnp.any(token[:, None] == stops[None, :], axis=1)
+      old = state.rollout
+
+      def put(column, new, fill):
+        new = jnp.where(state.active, new, jnp.full_like(new, fill))
+        return lax.dynamic_update_slice(column, new[:, None], (0, state.step))
+
+      rollout = Rollout(
+        tokens=put(old.tokens, token, pad_id),
+        mask=put(old.mask, state.active, False),
+        logp=put(old.logp, logp, 0),
+        behaviour_logp=put(old.behaviour_logp, behaviour_logp, 0),
+        stop_reason=jnp.where(stopped, jnp.int32(StopReason.STOP), old.stop_reason),
+      )
+      return _State(state.step + 1, state.cache, token, state.active & ~stopped, rollout)
+
+    def step(state: _State) -> _State:
+      # A stopped row feeds padding that no later token sees; any id will do, pad_id may not be one.
+      token = jnp.where(state.active, state.last, 0)
+      hidden, cache = model.forward(
+        params, token[:, None], state.active[:, None], cache=state.cache
+      )
+      return write(state._replace(cache=cache), hidden[:, 0])
+
+    hidden, cache = model.forward(params, tokens, valid, cache=model.init_cache(b, P))
+    last_column = P - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    hidden = jnp.take_along_axis(hidden, last_column[:, None, None], axis=1)[:, 0]
+
+    active = jnp.repeat(jnp.any(valid, axis=1), M)
+    state = _State(
+      step=jnp.int32(0),
+      cache=_repeat(cache, M),
+      last=jnp.zeros(b * M, jnp.int32),
+      active=active,
+      rollout=_empty(active, N, pad_id),
+    )
+    state = write(state, jnp.repeat(hidden, M, axis=0))
+    for columns in _cache_lengths(P, N):
+      end = columns - P + 1  # the last token is drawn and never fed
+      state = state._replace(cache=_grow(state.cache, columns))
+      state = lax.while_loop(lambda s, end=end: (s.step < end) & jnp.any(s.active), step, state)
+    return state.rollout, state.step
+
+  return generate
+
+
+def _draw(
+  keys: Key[Array, 'B'], logits: Float[Array, 'B V'], sampling: Sampling
+) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
+  """A token a row, its raw log-prob at the loss temperature, and that of the draw; nats."""
+  if sampling.greedy:
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return token, _logp(logits, token, sampling.loss_temperature), jnp.zeros(token.shape)
+  token, behaviour_logp = categorical(keys, filter_logits(logits, sampling))
+  if sampling.raw:
+    return token, behaviour_logp, behaviour_logp
+  return token, _logp(logits, token, sampling.loss_temperature), behaviour_logp
+
+
+def categorical(
+  keys: Key[Array, 'B'], logits: Float[Array, 'B V']
+) -> tuple[Int[Array, 'B'], Float[Array, 'B']]:
+  """Draws from softmax(logits), each row with its own key; returns ids and log-probs in nats.
+
+  Inversion of the distribution function in two stages: a block of 128 ids by its mass, then an id
+  by its mass within the block. Two random numbers a row instead of the V of a Gumbel-max. Exact up
+  to the float32 rounding of the sums (about 1e-7 of probability), and an id of probability 0 never
+  comes.
+  """
+  B, V = logits.shape
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  mass = jnp.pad(jnp.exp(logits - top), ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
+  block_mass = jnp.sum(mass, axis=-1)
+  uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+
+  block = _invert(block_mass, uniform[:, 0])
+  within = _invert(jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0], uniform[:, 1])
+  token = block * _BLOCK + within
+  logit = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+  return token, logit - top[:, 0] - jnp.log(jnp.sum(block_mass, axis=-1))
+
+
+def _invert(mass: Float[Array, 'B C'], uniform: Float[Array, 'B']) -> Int[Array, 'B']:
+  """First index of positive mass whose cumulative share exceeds `uniform` in [0, 1)."""
+  # Prefix sums in parallel are not monotone to the last bit, so positive mass is asked for by name.
+  positive = mass > 0
+  cumulative = jnp.cumsum(mass, axis=-1)
+  total = jnp.max(jnp.where(positive, cumulative, 0.0), axis=-1)
+  above = cumulative > (uniform * total)[:, None]
+  return jnp.argmax(positive & above, axis=-1).astype(jnp.int32)
+
+
+def _logp(
+  logits: Float[Array, 'B V'], token: Int[Array, 'B'], temperature: float
+) -> Float[Array, 'B']:
+  logits = logits / temperature
+  logit = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+  return logit - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _live_mask(V: int, live_vocab: int, banned_ids: Sequence[int]) -> Bool[np.ndarray, 'V']:
+  if not live_vocab <= V:
+    raise UserError(
+      f'The tokenizer has {live_vocab} ids and the model only {V}: use the tokenizer of this model.'
+    )
+  ids = np.arange(V)
+  return (ids < live_vocab) & ~np.isin(ids, np.asarray(banned_ids, np.int64))
+
+
+def _sample_keys(key: Key[Array, ''], record_index: Int[Array, 'b'], M: int) -> Key[Array, 'B']:
+  records = jax.vmap(lambda record: jax.random.fold_in(key, record))(record_index)
+  samples = jnp.arange(M, dtype=jnp.int32)
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+  keys = fold(records, samples)
+  return keys.reshape((-1, *keys.shape[2:]))
+
+
+def _fold(keys: Key[Array, 'B'], step: Int[Array, '']) -> Key[Array, 'B']:
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+
+
+def _repeat(cache: Any, M: int) -> Any:
+  """The cache of each prompt for its M completions."""
+  if M == 1:
+    return cache
+  return cache._replace(
+    k=jnp.repeat(cache.k, M, axis=1),
+    v=jnp.repeat(cache.v, M, axis=1),
+    valid=jnp.repeat(cache.valid, M, axis=0),
+    position=jnp.repeat(cache.position, M, axis=0),
+  )
+
+
+def _cache_lengths(P: int, N: int) -> list[int]:
+  """Columns that the cache grows to, one loop each: a step reads all columns, written or not.
+
+  Each length is twice the one before. To grow is to copy the cache once, and for that moment the old
+  one stands beside the new: half as much memory again at the last.
+  """
+  lengths = [P + N - 1]
+  while lengths[0] // 2 >= max(P + 1, _SHORTEST):
+    lengths.insert(0, lengths[0] // 2)
+  return lengths
+
+
+def _grow(cache: Any, length: int) -> Any:
+  more = length - cache.valid.shape[1]
+  columns = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
+  return cache._replace(
+    k=jnp.pad(cache.k, columns),
+    v=jnp.pad(cache.v, columns),
+    valid=jnp.pad(cache.valid, ((0, 0), (0, more))),
+  )
+
+
+def _empty(active: Bool[Array, 'B'], N: int, pad_id: int) -> Rollout:
+  shape = (active.shape[0], N)
+  return Rollout(
+    tokens=jnp.full(shape, pad_id, jnp.int32),
+    mask=jnp.zeros(shape, bool),
+    logp=jnp.zeros(shape, jnp.float32),
+    behaviour_logp=jnp.zeros(shape, jnp.float32),
+    stop_reason=jnp.where(active, jnp.int32(StopReason.LENGTH), jnp.int32(StopReason.STOP)),
+  )

@@ -1,0 +1,114 @@
+"""Where arrays live: the mesh, one rule for each parameter, and the rows of a batch.
+
+Axes: `data` copies the model and splits rows; `fsdp` splits rows and parameters; `tensor` splits
+heads, the feed-forward width and the vocabulary. Axes are of type Auto: XLA places what these rules
+leave open. (`jax.jit` with these shardings is what used to be called pjit.)
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dopd_jax.errors import UserError
+
+AXES = ('data', 'fsdp', 'tensor')
+ROWS = P(('data', 'fsdp'))
+
+# Names of parameters, as paths, and how their dimensions are split (letters: dopd_jax.models).
+# A name must match exactly one rule. (The path of an optimizer's moment ends in the same name.)
+RULES = (
+  (r'embedding', P('tensor', 'fsdp')),  # V D
+  (r'lm_head', P('fsdp', 'tensor')),  # D V
+  (r'final_norm', P(None)),  # D
+  (r'layers/(attention|mlp)_norm', P(None, None)),  # L D
+  (r'layers/attention/[qkv]_proj', P(None, 'fsdp', 'tensor', None)),  # L D Q H, L D K H
+  (r'layers/attention/o_proj', P(None, 'tensor', None, 'fsdp')),  # L Q H D
+  (r'layers/attention/[qk]_norm', P(None, None)),  # L H
+  (r'layers/mlp/(gate|up)_proj', P(None, 'fsdp', 'tensor')),  # L D F
+  (r'layers/mlp/down_proj', P(None, 'tensor', 'fsdp')),  # L F D
+)
+
+
+def make_mesh(
+  data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+  """A mesh over all devices; at most one size is -1 and takes the devices that are left.
+
+  Raises: UserError if the sizes don't multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  count = len(devices)
+  sizes = dict(zip(AXES, (data, fsdp, tensor)))
+  asked = ', '.join(f'{axis}={size}' for axis, size in sizes.items())
+  open_axes = [axis for axis, size in sizes.items() if size == -1]
+  if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise UserError(f'Mesh sizes must be positive, and -1 at most once, but are {asked}.')
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if count % fixed or (not open_axes and fixed != count):
+    raise UserError(
+      f'A mesh of {asked} does not fit {count} devices: choose sizes whose product is {count} '
+      f'(each one of {", ".join(str(n) for n in range(1, count + 1) if count % n == 0)}), '
+      'or -1 for one of them.'
+    )
+  shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+
+
+def spec(name: str) -> P:
+  """The rule of a parameter, by its path such as 'layers/mlp/up_proj'.
+
+  Raises: ValueError unless exactly one rule matches: a new parameter needs a decision.
+  """
+  found = [rule for pattern, rule in RULES if re.fullmatch(f'(.*/)?{pattern}', name)]
+  if len(found) != 1:
+    raise ValueError(f'{name!r} matches {len(found)} rules of dopd_jax.sharding.RULES, not one.')
+  return found[0]
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+  """A NamedSharding for each leaf of a tree of arrays or shapes: parameters, or optimizer state.
+
+  A dimension that its axis does not divide is replicated along it (3 key heads on tensor=2), since
+  uneven shards are not allowed at the edge of jit. Scalars, such as step counts, are replicated.
+  """
+
+  def sharding(path, leaf):
+    if not leaf.shape:
+      return NamedSharding(mesh, P())
+    rule = spec(jax.tree_util.keystr(path, simple=True, separator='/'))
+    if len(rule) != len(leaf.shape):
+      raise ValueError(f'{rule} does not fit {jax.tree_util.keystr(path)} of shape {leaf.shape}.')
+    fits = (
+      axis if axis is None or size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(rule, leaf.shape)
+    )
+    return NamedSharding(mesh, P(*fits))
+
+  return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+  """For arrays [B, ...]: rows split over data and fsdp, which must divide B."""
+  return NamedSharding(mesh, ROWS)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """For what every device holds whole: thresholds, metrics, step counts."""
+  return NamedSharding(mesh, P())
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+  """Keeps activations [B, ...] split by rows inside jit, under `jax.set_mesh`; else does nothing.
+
+  Without it XLA may split an activation's width the way its weight is split, and gather the rows.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not {'data', 'fsdp'} <= set(mesh.auto_axes):
+    return x
+  return jax.lax.with_sharding_constraint(x, ROWS)

@@ -1,0 +1,343 @@
+r"""The main job: distils a teacher into a student on the student's own completions.
+
+  python -m dopd_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Read `train` from top to bottom:
+
+  workdir    the config as it ran; a run that was cut off goes on by itself
+  models     student, teacher and tokenizer on the mesh
+  data       records -> chat -> batches; held-out records
+  steps      rollout, score, update: three jitted functions
+  resume     state and position in the data, from the newest checkpoint
+  loop       sample, score, update; look; save
+  report     a table, report.png, samples.html
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+
+from dopd_jax import (
+  checkpoint,
+  cli,
+  collate,
+  dataset,
+  evaluation,
+  metrics,
+  policies,
+  sharding,
+  token_records,
+  workdirs,
+)
+from dopd_jax import config as configs
+from dopd_jax import state as states
+from dopd_jax.config import Config
+from dopd_jax.data import Example
+from dopd_jax.errors import Stopped
+from dopd_jax.objectives import Objective
+from dopd_jax.policies import Pair
+from dopd_jax.rollout import Rollout, Sampling, StopReason, sampling_notes
+from dopd_jax.step import Scored, Steps, Updated, make_steps
+
+FLAGS = flags.FLAGS
+
+
+class InFlight(NamedTuple):
+  """A rollout batch that the devices may still be working on."""
+
+  step: int
+  examples: Sequence[Example]  # one a row
+  rollout: Rollout
+  batch: Any
+  scored: Scored  # without its hidden states
+  updated: Updated
+
+
+def train(config: Config, workdir: str, console: Console | None = None) -> dict[str, float]:
+  """Runs, or goes on with, the run of `workdir`; returns its last accuracies.
+
+  Raises:
+    UserError: something that the user must change.
+    Stopped: a loss or a gradient was not finite.
+  """
+  console = console or Console()
+  objective = config.objective.build()
+
+  # ------------------------------------------------------------------ workdir
+  workdirs.claim(workdir, config)
+  saves = checkpoint.Checkpoints(
+    os.path.join(workdir, 'checkpoints'),
+    config.checkpoint.keep,
+    config.checkpoint.best,
+    config.checkpoint.lower_is_better,
+  )
+
+  # ------------------------------------------------------------------ models
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  workdirs.check_rows(config, mesh)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+    pair = policies.load_pair(config, mesh, need_teacher='teacher' in objective.weights)
+    policies.check_context(config, pair)
+
+    # ---------------------------------------------------------------- data
+    pipeline = dataset.open_pipeline(config, pair.tokenizer, objective)
+    held_out = dataset.open_held_out(config, pair.tokenizer)
+
+    # ---------------------------------------------------------------- steps
+    tx = states.optimizer(config.optimizer, config.steps)
+    state = states.place(states.create(pair.student.params, tx, objective), mesh)
+    teacher_params = pair.teacher.params if pair.teacher else None
+    pair = pair._replace(student=pair.student._replace(params=None))  # the state owns them now
+    steps = compile_steps(config, pair, objective, tx, state, mesh)
+    roll = make_roll(config, pair, objective, mesh)
+    judge = make_judge(config, pair, held_out, mesh)
+
+    # ---------------------------------------------------------------- resume
+    done, last = 0, {}
+    if saves.steps():
+      done = saves.steps()[-1]
+      state, run = saves.restore(done, states.abstract(state))
+      pipeline.set_state(run['data'])
+      last = run['metrics']
+      logging.info('Going on from step %d of %d.', done, config.steps)
+    writer = metrics.Writer(workdir, done, config.log.tensorboard)
+    stack.callback(writer.close)
+    stop = stack.enter_context(workdirs.stop_signal())
+    progress = stack.enter_context(metrics.bar(console))
+    if not done:
+      last = judge(state.params, progress, teacher_params)
+      if last:
+        writer.write(0, last)
+
+    # ---------------------------------------------------------------- loop
+    task = progress.add_task('train', total=config.steps, completed=done, rate='-')
+    clock = Clock()
+    pending: InFlight | None = None
+    page: list[dict] = []
+    for step in range(done + 1, config.steps + 1):
+      examples, rollout, batch = roll(state.params, next(pipeline), step)
+      scored = steps.score(state, teacher_params, batch)
+      state, updated = steps.update(state, teacher_params, batch, scored)
+
+      if pending is not None:  # one step late: the devices are already at the next one
+        writer.write(pending.step, finish(config, objective, pair, pending, clock, progress, task))
+      pending = InFlight(step, examples, rollout, batch, scored._replace(hidden={}), updated)
+
+      end = step == config.steps
+      look = end or bool(config.evaluation.every and step % config.evaluation.every == 0)
+      save = end or stop.is_set() or step % config.checkpoint.every == 0
+      if look or save:
+        values = finish(config, objective, pair, pending, clock, progress, task)
+        if look:
+          last = judge(state.params, progress)
+          values |= last
+          clock.restart()  # looking is not training
+        writer.write(step, values)
+        if end:
+          page = show(pair, objective, pending, config.log.samples)
+        pending = None
+      if save:
+        saves.save(step, state, {'data': pipeline.get_state(), 'metrics': last})
+      saves.check()
+      if stop.is_set() and not end:
+        saves.wait()
+        logging.info('Stopped by a signal; step %d is saved, the same command goes on.', step)
+        return last
+    saves.wait()
+
+  # -------------------------------------------------------------------- report
+  if jax.process_index() == 0:
+    workdirs.write_pages(workdir, console, page, objective.name)
+  return last
+
+
+def compile_steps(
+  config: Config, pair: Pair, objective: Objective, tx: Any, state: Any, mesh: Any
+) -> Steps:
+  """`score` and `update` jitted with shardings; `update` takes over the memory of the state."""
+  steps = make_steps(
+    pair.student.model,
+    pair.teacher.model if pair.teacher else None,
+    objective,
+    tx,
+    live_vocab=len(pair.tokenizer),
+    microbatch=config.microbatch,
+    head_tile=config.head_tile,
+  )
+  where = jax.tree.map(lambda x: x.sharding, state)
+  return steps._replace(
+    score=jax.jit(steps.score),
+    update=jax.jit(steps.update, donate_argnums=0, out_shardings=(where, None)),
+    measure=jax.jit(steps.measure),
+  )
+
+
+def make_roll(config: Config, pair: Pair, objective: Objective, mesh: Any) -> Any:
+  """(params, examples, step) -> the examples, one a row; the rollout; the batch to train on."""
+  r, bucket = config.rollout, config.data.prompt_bucket
+  sampling = Sampling(
+    max_new_tokens=r.max_new_tokens,
+    num_samples=r.samples,
+    temperature=r.temperature,
+    top_k=r.top_k,
+    top_p=r.top_p,
+    min_p=r.min_p,
+    loss_temperature=objective.temperature,
+  )
+  for note in sampling_notes(pair.student.generation_config, sampling):
+    logging.info('%s', note)
+  generate = evaluation.make_generate(
+    pair.student.model, sampling, pair.tokenizer, pair.stop_ids, pair.pad_id
+  )
+  run_key = jax.random.key(config.seed)
+
+  def from_data(params, examples, step):
+    del params, step
+    by_context = collate.prompts(examples, sorted(objective.contexts), bucket, pair.pad_id)
+    by_context = collate.choose_context(
+      by_context, examples, objective.privileged_share, config.seed
+    )
+    rollout, supervised = collate.fixed_completions(examples, r.max_new_tokens, pair.pad_id)
+    rollout, by_context, supervised = collate.put((rollout, by_context, supervised), mesh)
+    return examples, rollout, collate.as_batch(by_context, rollout, supervised)
+
+  def from_student(params, examples, step):
+    by_context = collate.prompts(examples, sorted(objective.contexts), bucket, pair.pad_id)
+    index = np.array([e.draw for e in examples], np.uint32)
+    key = jax.random.fold_in(run_key, step)
+    once = r.prompts_at_once or r.prompts
+    parts = []
+    for i in range(0, len(examples), once // jax.process_count()):
+      part = slice(i, i + once // jax.process_count())
+      prompt = jax.tree.map(lambda x, part=part: x[part], by_context[objective.student.context])
+      prompt, numbers = collate.put((prompt, index[part]), mesh)
+      parts.append(generate(params, prompt, key, numbers))
+    rollout = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    by_context = collate.put(collate.repeat(by_context, r.samples), mesh)
+    rows = [e for e in examples for _ in range(r.samples)]
+    return rows, rollout, collate.as_batch(by_context, rollout)
+
+  return from_data if objective.source == 'data' else from_student
+
+
+def make_judge(config: Config, pair: Pair, held_out: Sequence[Example], mesh: Any) -> Any:
+  """(params, progress, teacher_params) -> accuracies; the teacher's where its weights are given."""
+  sampling = Sampling(
+    max_new_tokens=config.rollout.max_new_tokens, temperature=config.evaluation.temperature
+  )
+  rows = evaluation.rows_at_once(
+    min(len(held_out) or 1, config.rollout.prompts * config.rollout.samples), mesh
+  )
+  judge = evaluation.Judge(
+    held_out, pair.tokenizer, mesh, rows, config.data.prompt_bucket, pair.pad_id, config.seed
+  )
+  one = lambda model: evaluation.make_generate(
+    model, sampling, pair.tokenizer, pair.stop_ids, pair.pad_id
+  )
+  student = one(pair.student.model)
+
+  def look(params, progress, teacher_params=None):
+    values = judge.accuracy('eval/accuracy', student, params, progress)
+    if teacher_params is not None and config.evaluation.teacher:
+      teacher = one(pair.teacher.model)
+      values |= judge.accuracy('eval/teacher_accuracy', teacher, teacher_params, progress)
+    return values
+
+  return look
+
+
+class Clock:
+  """Seconds since it was last read."""
+
+  def __init__(self):
+    self.restart()
+
+  def restart(self) -> None:
+    """Counts from now."""
+    self._last = time.time()
+
+  def lap(self) -> float:
+    """Seconds since the last lap, and counts from now."""
+    last, self._last = self._last, time.time()
+    return self._last - last
+
+
+def finish(
+  config: Config, objective: Objective, pair: Pair, done: InFlight, clock: Clock, progress, task
+) -> dict[str, float]:
+  """Fetches the numbers of a batch, stops the run if one is not finite, and shows a line."""
+  batch, scored, updated, stop_reason = collate.fetch(
+    (done.batch._replace(prompts={}), done.scored, done.updated, done.rollout.stop_reason)
+  )
+  texts = evaluation.decode(pair.tokenizer, batch.tokens, batch.mask)
+  rewards = np.full(len(texts), np.nan)
+  sampled = objective.source == 'student'
+  if sampled and jax.process_count() == 1:
+    rewards = evaluation.rewards(done.examples, texts)
+  if not updated.ok:
+    bad = [e.record.id for e, fine in zip(done.examples, updated.row_finite) if not fine]
+    raise Stopped(
+      f'the loss or its gradient is not finite at step {done.step} (loss {updated.loss}, gradient '
+      f'norm {updated.grad_norm}), records: {", ".join(bad) or "none by itself"}; the parameters '
+      f'are those of step {done.step - 1} and finite, and nothing was saved after that step'
+    )
+  values = metrics.of_update(
+    batch,
+    scored,
+    updated,
+    objective.regimes,
+    rewards,
+    stop_reason == StopReason.LENGTH.value,
+    sampled,
+  )
+  seconds = clock.lap()
+  tokens = float(batch.mask.sum())
+  values |= {'time/step_seconds': seconds, 'time/tokens_per_second': tokens / max(seconds, 1e-9)}
+  progress.update(task, completed=done.step, rate=f'{tokens / max(seconds, 1e-9):,.0f}')
+  if done.step % config.log.every == 0 or done.step in (1, config.steps):
+    progress.console.print(
+      metrics.line(done.step, config.steps, values, objective.regimes), highlight=False
+    )
+  return values
+
+
+def show(pair: Pair, objective: Objective, done: InFlight, count: int) -> list[dict]:
+  """The first completions of a batch as records of samples.html."""
+  batch, scored, token, stop_reason = jax.tree.map(
+    lambda x: x[:count] if x.ndim else x,
+    collate.fetch(
+      (
+        done.batch._replace(prompts={}),
+        done.scored,
+        done.updated.token,
+        done.rollout.stop_reason,
+      )
+    ),
+  )
+  examples = done.examples[:count]
+  texts = evaluation.decode(pair.tokenizer, batch.tokens, batch.mask)
+  rewards = evaluation.rewards(examples, texts)
+  return token_records.describe(
+    pair.tokenizer, objective, examples, batch, scored, token, stop_reason, rewards, done.step
+  )
+
+
+def main() -> None:
+  """The command."""
+  config = configs.validate(_CONFIG.value)
+  train(config, FLAGS.workdir)
+
+
+if __name__ == '__main__':
+  _CONFIG = config_flags.DEFINE_config_file('config', 'configs/quickstart.py', 'What to run.')
+  flags.DEFINE_string('workdir', 'runs/default', 'Where the run lives; it goes on from there.')
+  cli.run(main)

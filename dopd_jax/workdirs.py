@@ -1,0 +1,116 @@
+"""A workdir: whose run it is, how it is told to stop, and the pages that it ends with."""
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+
+import jax
+from absl import logging
+from rich.console import Console
+
+from dopd_jax import __version__, report, samples
+from dopd_jax import config as configs
+from dopd_jax.config import Config
+from dopd_jax.errors import UserError
+
+
+def claim(workdir: str, config: Config) -> None:
+  """Makes the workdir and writes `config.json` into it, or checks that it is this config's.
+
+  Only logging, evaluation and checkpoint cadence may differ from the run that began there.
+
+  Raises:
+    UserError: the workdir belongs to another config, or can't be written.
+  """
+  path = os.path.join(workdir, 'config.json')
+  new = json.loads(configs.to_json(config))
+  if os.path.exists(path):
+    try:
+      with open(path) as file:
+        old = json.load(file)['config']
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      raise UserError(f'{path} is not the config of a run: choose another workdir') from error
+    if changed := configs.differences(old, new):
+      raise UserError(
+        f'workdir {workdir} belongs to another config, which differs in {"; ".join(changed[:5])}: '
+        'choose another workdir, or the settings that it began with'
+      )
+  if jax.process_index():
+    return
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    about = {'config': new, 'versions': _versions(), 'device': jax.devices()[0].device_kind}
+    with open(f'{path}.partial', 'w') as file:
+      json.dump(about, file, indent=2)
+    os.replace(f'{path}.partial', path)
+  except OSError as error:
+    raise UserError(
+      f'workdir {workdir} cannot be written ({error.strerror}): choose another or make room'
+    ) from error
+
+
+def read_config(workdir: str) -> Config:
+  """The config that a workdir ran with; raises `UserError` if there is none."""
+  path = os.path.join(workdir, 'config.json')
+  try:
+    with open(path) as file:
+      return configs.validate(json.load(file)['config'])
+  except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    raise UserError(f'there is no run in {workdir}: give the workdir of one') from error
+
+
+def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises `UserError` unless the mesh divides the prompts and the rows of a micro-batch."""
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  for name, rows in (
+    ('rollout.prompts', config.rollout.prompts),
+    ('rollout.prompts_at_once', config.rollout.prompts_at_once),
+    ('microbatch', config.microbatch),
+  ):
+    if rows % shards:
+      raise UserError(
+        f'{name} ({rows}) must be a multiple of the {shards} shards of mesh.data * mesh.fsdp: '
+        f'{-(-rows // shards) * shards} would do'
+      )
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+  """An event that SIGTERM sets, so that the run saves and ends at its next step."""
+  event = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield event
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+  try:
+    yield event
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def write_pages(workdir: str, console: Console, page: Sequence[dict], method: str) -> None:
+  """The table at the end, report.png, and samples.html if there is something to show."""
+  rows = report.read_metrics(os.path.join(workdir, 'metrics.jsonl'))
+  console.print(report.summary_table(rows, title=f'{method}: {workdir}'))
+  written = [report.write_report(os.path.join(workdir, 'metrics.jsonl'),
+                                 os.path.join(workdir, 'report.png'), title=method)]  # fmt: skip
+  if page:
+    last = rows[-1]
+    thresholds = {
+      name: last[f'train/{name}'] for name in samples.THRESHOLDS if f'train/{name}' in last
+    }
+    path = os.path.join(workdir, 'samples.html')
+    written.append(samples.write_samples(page, path, thresholds=thresholds, title=method))
+  for path in written:
+    logging.info('Wrote %s', path)
+
+
+def _versions() -> dict[str, str]:
+  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'transformers', 'numpy')
+  found = {name: metadata.version(name) for name in names}
+  return {'dopd_jax': __version__, 'python': platform.python_version(), **found}
