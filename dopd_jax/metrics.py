@@ -2,7 +2,7 @@ r"""Numbers of a run: `metrics.jsonl`, TensorBoard, and what the terminal shows.
 
 Every rollout batch is one row of numbers, each over the whole global batch. Names are `train/...`,
 `eval/...` and `time/...`; the last are the only ones that differ between two identical runs. What
-each means stands in `report.METRICS`.
+each means stands in `glossary.METRICS`.
 """
 
 import json

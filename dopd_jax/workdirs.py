@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from typing import TextIO
 
 import jax
 from absl import logging
@@ -108,6 +109,24 @@ def write_pages(workdir: str, console: Console, page: Sequence[dict], method: st
     written.append(samples.write_samples(page, path, thresholds=thresholds, title=method))
   for path in written:
     logging.info('Wrote %s', path)
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[TextIO]:
+  """A text file that appears only once it is whole; raises `UserError` if it cannot."""
+  partial = f'{path}.partial'
+  try:
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(partial, 'w') as file:
+      yield file
+    os.replace(partial, path)
+  except OSError as error:
+    raise UserError(
+      f'{path} cannot be written ({error.strerror}): make room or choose another'
+    ) from error
+  finally:
+    if os.path.exists(partial):
+      os.unlink(partial)
 
 
 def _versions() -> dict[str, str]:

@@ -11,11 +11,10 @@ import pytest
 from rich.console import Console
 
 from dopd_jax.errors import UserError
+from dopd_jax.glossary import METRICS, metric
 from dopd_jax.report import (
   MAIN,
-  METRICS,
   figure,
-  metric,
   read_metrics,
   series,
   summary_table,

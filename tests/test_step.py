@@ -52,7 +52,8 @@ def make_batch(B=8, N=7, seed=0, hint=True, privileged_pad=0):
     prompts[name] = step.Prompt(jnp.asarray(ids), jnp.array([len(r) for r in rows], jnp.int32))
   completion = rng.integers(1, LIVE, (B, N)).astype(np.int32)
   mask = np.arange(N)[None] < np.array([7, 4, 0, 1, 6, 7, 2, 5])[:B, None]
-  return step.Batch(prompts, jnp.asarray(completion), jnp.asarray(mask), jnp.zeros((B, N)))
+  mask = jnp.asarray(mask)
+  return step.Batch(prompts, jnp.asarray(completion), mask, mask, jnp.zeros((B, N)))
 
 
 @functools.cache
@@ -231,7 +232,7 @@ def test_nonfinite_gradients_never_reach_the_state():
 
 def test_a_batch_without_tokens_changes_only_the_count():
   batch = make_batch()
-  batch = batch._replace(mask=batch.mask & False)
+  batch = batch._replace(supervised=batch.mask & False)
   now, new, _, updated, _ = run(batch=batch, tx=optax.adamw(1e-2, weight_decay=0.1))
   assert updated.ok and updated.loss == 0 and updated.grad_norm == 0
   assert new.step == 1

@@ -1,0 +1,115 @@
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from dopd_jax import config as configs
+from dopd_jax.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+
+def load(name, arg=''):
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
+
+
+@pytest.mark.parametrize('arg', ['', 'smoke'])
+@pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda p: p.stem)
+def test_every_config_is_valid_and_has_a_smoke_variant(path, arg):
+  config = configs.validate(load(path.stem, arg))
+  if arg:
+    assert config.steps <= 2
+
+
+def test_the_papers_settings():
+  """Batch 128, 4 rollouts, 200 steps, lr 5e-6 cosine, K 128, beta .3 and .6; five pairs."""
+  pairs = [('8b', '1.7b'), ('8b', '0.6b'), ('4b', '1.7b'), ('4b', '0.6b'), ('1.7b', '0.6b')]
+  for teacher, student in pairs:
+    c = configs.validate(load('llm', f'teacher={teacher},student={student}'))
+    assert c.teacher.path == f'Qwen/Qwen3-{teacher.upper()}'
+    assert c.student.path == f'Qwen/Qwen3-{student.upper()}'
+    assert (c.rollout.prompts, c.rollout.samples, c.steps) == (128, 4, 200)
+    assert (c.optimizer.learning_rate, c.optimizer.final_share) == (5e-6, 0.0)
+    o = c.objective
+    assert (o.k, o.beta_light, o.beta_weak, o.trim, o.scope) == (128, 0.6, 0.3, 0.05, 'batch')
+  with pytest.raises(UserError, match='no such pair'):
+    load('llm', 'teacher=0.6b,student=8b')
+
+
+def valid():
+  c = configs.default()
+  c.data.train = 'x.jsonl'
+  return c
+
+
+@pytest.mark.parametrize(
+  'changes, sentence',
+  [
+    ({'optimizer.learning_rat': 1.0}, "'learning_rat': did you mean 'learning_rate'"),
+    ({'objective.betalight': 1.0}, "'betalight': did you mean 'beta_light'"),
+    ({'stepz': 1}, "'stepz': did you mean 'steps'"),
+    ({'objective.HT.sorce': 'x'}, "'sorce': did you mean 'source'"),
+    ({'steps': 'many'}, 'steps must be of type int'),
+    ({'steps': 0}, 'steps must be at least 1'),
+    ({'objective.trim': 1.0}, r'objective.trim must be in \[0, 1\)'),
+    ({'objective.tail': 'floor'}, 'objective.tail must be one of'),
+    ({'objective.HT.strength': 'huge'}, 'objective.HT.strength must be one of'),
+    ({'objective.ema_rate': 1.5}, r'objective.ema_rate must be in \[0, 1\]'),
+    ({'objective.self_reference': 'dead'}, 'objective.self_reference must be one of'),
+    ({'objective.k': 0}, 'objective.k must be at least 1'),
+    ({'microbatch': 7}, 'multiple of microbatch'),
+    ({'rollout.prompts_at_once': 100}, 'multiple of rollout.prompts_at_once'),
+    ({'optimizer.warmup_steps': 300}, 'must not exceed steps'),
+    ({'data.privileged': 'some'}, 'data.privileged must be one of'),
+    ({'data.train': ''}, 'set either data.train'),
+    ({'objective.name': 'dodp'}, "did you mean 'dopd'"),
+  ],
+)
+def test_mistakes_are_sentences(changes, sentence):
+  values = valid().to_dict()
+  for name, value in changes.items():
+    *path, key = name.split('.')
+    node = values
+    for part in path:
+      node = node[part]
+    node[key] = value
+  with pytest.raises(UserError, match=sentence):
+    configs.validate(values)
+
+
+def test_config_is_frozen_and_survives_json():
+  import json
+
+  config = configs.validate(valid())
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.steps = 3
+  again = configs.validate(json.loads(configs.to_json(config)))
+  assert again == config
+  assert (
+    configs.differences(json.loads(configs.to_json(config)), json.loads(configs.to_json(again)))
+    == []
+  )
+
+
+def test_only_cadence_may_change():
+  import json
+
+  a = json.loads(configs.to_json(configs.validate(valid())))
+  b = json.loads(json.dumps(a))
+  b['log']['every'] = b['checkpoint']['every'] = b['evaluation']['every'] = 77
+  assert configs.differences(a, b) == []
+  b['optimizer']['learning_rate'] = 1.0
+  assert configs.differences(a, b) == ['optimizer.learning_rate (was 5e-06, is 1.0)']
+
+
+def test_config_arguments():
+  a = configs.parse_arg('smoke,method=opd,n=3', smoke=False, method='dopd', n=1)
+  assert (a.smoke, a.method, a.n) == (True, 'opd', 3)
+  with pytest.raises(UserError, match="'metod': did you mean 'method'"):
+    configs.parse_arg('metod=opd', smoke=False, method='dopd')
+  with pytest.raises(UserError, match='n must be a int'):
+    configs.parse_arg('n=x', n=1)

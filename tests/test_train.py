@@ -1,0 +1,198 @@
+"""The main job from config to pages, in process; commands and kills are in test_commands.py."""
+
+import json
+import math
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dopd_jax import checkpoint, glossary, models, policies, report, sharding, tasks, train
+from dopd_jax import config as configs
+from dopd_jax.errors import Stopped, UserError
+from tests import pairs
+
+
+def rows(workdir, timing=False):
+  found = report.read_metrics(os.path.join(workdir, 'metrics.jsonl'))
+  return [{k: v for k, v in row.items() if timing or not k.startswith('time/')} for row in found]
+
+
+def run(workdir, method='dopd', **changes):
+  return train.train(configs.validate(pairs.config(method, **changes)), str(workdir))
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('run')
+  run(workdir)
+  return workdir
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  names = os.listdir(finished)
+  assert {'config.json', 'metrics.jsonl', 'tensorboard', 'report.png', 'samples.html'} <= set(names)
+  found = rows(finished, timing=True)
+  assert [r['step'] for r in found] == [0, 1, 2, 3, 4]
+  assert {'eval/accuracy', 'eval/teacher_accuracy'} <= set(found[0])
+  assert ['eval/accuracy' in r for r in found] == [True, False, True, False, True]
+  for row in found[1:]:
+    shares = [row[f'train/regime_share/{r}'] for r in ('LH', 'LL', 'HT', 'HS')]
+    assert math.isclose(sum(shares), 1.0, abs_tol=1e-9)
+    parts = [row[f'train/regime_loss/{r}'] for r in ('LH', 'LL', 'HT', 'HS')]
+    assert math.isclose(sum(parts), row['train/loss'], rel_tol=1e-5)
+    assert row['train/rollout_logp_gap_max'] < 1e-4  # the sampler's log-prob is the trainer's
+    for name in ('S', 'Sp', 'Tp'):
+      assert 0 < row[f'train/entropy/{name}'] <= math.log(57)
+    assert row['time/tokens_per_second'] > 0
+  assert all(v is not None for row in found for v in row.values())
+
+
+def test_metrics_have_a_meaning(finished):
+  """Every number that a run writes is explained in one place."""
+  for row in rows(finished):
+    for name in row:
+      assert name == 'step' or glossary.metric(name).meaning, name
+
+
+def test_tensorboard_holds_the_same_numbers(finished):
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  board = EventAccumulator(str(finished / 'tensorboard'))
+  board.Reload()
+  for row in rows(finished)[1:]:
+    loss = {e.step: e.value for e in board.Scalars('train/loss')}[row['step']]
+    assert math.isclose(loss, row['train/loss'], rel_tol=1e-6)
+
+
+def test_sampling_twice_gives_the_same_run(finished, tmp_path):
+  run(tmp_path / 'again')
+  assert rows(tmp_path / 'again') == rows(finished)
+
+
+def test_resume_goes_on_bit_for_bit(finished, tmp_path):
+  """A run whose newer checkpoint never got its manifest goes on from the older one."""
+  shutil.copytree(finished, tmp_path / 'cut')
+  os.unlink(tmp_path / 'cut' / 'checkpoints' / '00000004' / 'manifest.json')
+  with open(tmp_path / 'cut' / 'metrics.jsonl', 'a') as file:
+    file.write('{"step": 5, "train/lo')  # a line that a kill broke
+  run(tmp_path / 'cut')
+  assert rows(tmp_path / 'cut') == rows(finished)
+  final = [
+    json.loads((d / 'checkpoints' / '00000004' / 'run.json').read_text())
+    for d in (tmp_path / 'cut', finished)
+  ]
+  assert final[0]['data'] == final[1]['data']
+
+
+def test_a_finished_run_is_left_alone(finished):
+  before = (finished / 'metrics.jsonl').read_text()
+  run(finished)
+  assert (finished / 'metrics.jsonl').read_text() == before
+
+
+def test_a_workdir_keeps_its_config(finished):
+  run(finished, log__every=7)  # cadence may change
+  with pytest.raises(UserError, match=r'belongs to another config.*seed \(was 0, is 1\)'):
+    run(finished, seed=1)
+
+
+@pytest.mark.parametrize('method', ['opd', 'sft'])
+def test_other_methods(method, tmp_path):
+  run(tmp_path, method, steps=2)
+  last = rows(tmp_path)[-1]
+  assert last['train/regime_share/all'] == 1.0 and last['train/grad_norm'] > 0
+
+
+def test_curriculum_and_self_reference_survive_a_resume(tmp_path):
+  stage = 'task:plan_execute?size=16&seed={}&steps=2&definitions=4'
+  changes = {
+    'data__train': '',
+    'data__stages': ((stage.format(0), 3), (stage.format(5), 1)),
+    'objective__self_reference': 'ema',
+  }
+  run(tmp_path / 'whole', **changes)
+  shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
+  os.unlink(tmp_path / 'cut' / 'checkpoints' / '00000004' / 'manifest.json')
+  run(tmp_path / 'cut', **changes)
+  assert rows(tmp_path / 'cut') == rows(tmp_path / 'whole')
+
+
+def test_without_privileged_context(tmp_path):
+  """data.privileged='none': Sp is S, so the self-regularised regimes carry nothing."""
+  run(tmp_path, data__privileged='none', steps=1)
+  last = rows(tmp_path)[-1]
+  assert abs(last['train/regime_loss/LL']) + abs(last['train/regime_loss/HS']) < 1e-5
+  assert abs(last['train/entropy/S'] - last['train/entropy/Sp']) < 1e-5
+
+
+def test_a_broken_loss_stops_the_run_and_saves_nothing_after(tmp_path, monkeypatch):
+  from dopd_jax import state as states
+
+  create = states.create
+
+  def broken(params, tx, objective):
+    state = create(params, tx, objective)
+    table = state.params['embedding'].at[9].set(jnp.nan)
+    return state._replace(params=state.params | {'embedding': table})
+
+  monkeypatch.setattr(states, 'create', broken)
+  with pytest.raises(Stopped, match=r'not finite at step 1 .*records: plan_execute/.*step 0'):
+    run(tmp_path)
+  assert checkpoint.Checkpoints(str(tmp_path / 'checkpoints')).steps() == []
+
+
+def test_same_parameters_twice_is_an_error(tmp_path):
+  student, _ = pairs.pair()
+  shutil.copytree(student, tmp_path / 'copy')
+  with pytest.raises(UserError, match=r'teacher and student have the same parameters'):
+    run(tmp_path / 'run', teacher__path=str(tmp_path / 'copy'))
+
+
+def test_different_tokenizers_are_an_error(tmp_path):
+  tokenizer = tasks.plan_execute.tokenizer()
+  tokenizer.add_tokens(['another'])
+  other = pairs.write(tmp_path / 'teacher', pairs.architecture(1, 8, vocab=64), 3, tokenizer)
+  with pytest.raises(UserError, match=r"another tokenizer than the student.*'another'"):
+    run(tmp_path / 'run', teacher__path=other)
+
+
+def test_an_all_zero_teacher_is_an_error(tmp_path):
+  config = pairs.architecture(1, 8)
+  params = models.build(config).init(jax.random.key(0))
+  zero = {k: np.zeros_like(v) if not isinstance(v, dict) else v for k, v in params.items()}
+  models.save(tmp_path / 'zero', config, zero, tokenizer=tasks.plan_execute.tokenizer())
+  with pytest.raises(UserError, match='zero'):
+    run(tmp_path / 'run', teacher__path=str(tmp_path / 'zero'))
+
+
+def test_mistakes_before_the_first_step(tmp_path):
+  for changes, sentence in (
+    ({'teacher__path': ''}, 'set teacher.path'),
+    ({'teacher__path': str(tmp_path / 'nowhere')}, 'nowhere'),
+    ({'data__max_prompt_tokens': 125}, 'over the context of the student'),
+    ({'mesh__data': 3, 'mesh__fsdp': 1}, 'does not fit'),
+    ({'rollout__prompts': 4}, r'rollout.prompts .4. must be a multiple of the 8 shards'),
+    ({'data__train': str(tmp_path / 'no.jsonl')}, 'no.jsonl'),
+    ({'data__max_prompt_tokens': 3}, 'too long'),
+  ):
+    with pytest.raises(UserError, match=sentence):
+      run(tmp_path / 'run', **changes)
+    shutil.rmtree(tmp_path / 'run', ignore_errors=True)
+
+
+def test_frozen_self_is_the_given_student(tmp_path):
+  """The frozen copy is made from the given weights, not read again from where they came."""
+  run(tmp_path, objective__self_reference='frozen', steps=1)
+  config = configs.validate(pairs.config())
+  mesh = sharding.make_mesh(1, -1, 1)
+  given = policies.load_pair(config, mesh, need_teacher=False).student.params
+  saves = checkpoint.Checkpoints(str(tmp_path / 'checkpoints'))
+  from orbax.checkpoint import v1 as ocp
+
+  saved = ocp.load(tmp_path / 'checkpoints' / f'{saves.steps()[-1]:08d}' / 'state')
+  np.testing.assert_array_equal(saved['frozen']['embedding'], given['embedding'])
+  assert np.abs(saved['params']['embedding'] - given['embedding']).max() > 0
