@@ -11,14 +11,15 @@ completions hold a corrected error, so that the teacher stays sensible behind a 
 
 from dopd_jax import config
 
+TASK = 'task:plan_execute?steps=3&definitions=6&modulus=7'
 SIZES = {  # layers, width, heads, kv_heads, head_width, feed_forward
-  'teacher': (4, 128, 4, 2, 32, 320),
-  'student': (2, 64, 4, 2, 16, 160),
+  'teacher': (4, 96, 4, 2, 24, 256),
+  'student': (3, 64, 4, 2, 16, 160),
 }
 
 
 def get_config(arg=''):
-  a = config.parse_arg(arg, smoke=False, model='teacher', steps=0, lr=0.0)
+  a = config.parse_arg(arg, smoke=False, model='teacher')
   c = config.default('sft')
   layers, width, heads, kv_heads, head_width, feed_forward = SIZES[a.model]
   c.student.architecture = {
@@ -33,23 +34,26 @@ def get_config(arg=''):
   c.tokenizer = 'task:plan_execute'
   c.objective.privileged_share = 0.5
   teacher = a.model == 'teacher'
-  c.data.train = f'task:plan_execute?size=200000&seed={1 if teacher else 2}&corrupt=0.3'
-  c.data.eval = 'task:plan_execute?size=500&seed=7&split=test'
+  c.data.train = (
+    f'{TASK}&size={60_000 if teacher else 20_000}&seed={1 if teacher else 2}&corrupt=0.3'
+  )
+  c.data.eval = f'{TASK}&size=500&seed=7&split=test'
   c.data.max_prompt_tokens = 64
-  c.rollout.prompts = 128
+  c.data.prompt_bucket = 16
+  c.rollout.prompts = 64
   c.rollout.samples = 1
   c.rollout.max_new_tokens = 12
-  c.optimizer.learning_rate = a.lr or (1e-3 if teacher else 2e-3)
-  c.optimizer.warmup_steps = 50
-  c.optimizer.weight_decay = 0.1
-  c.microbatch = 128
-  c.steps = a.steps or (2500 if teacher else 1500)
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.warmup_steps = 100
+  c.optimizer.weight_decay = 0.01
+  c.microbatch = 64
+  c.steps = 3000 if teacher else 1500
   c.evaluation.every = 250
   c.checkpoint.every = 250
   c.log.every = 50
   if a.smoke:
     c.steps = 2
     c.optimizer.warmup_steps = 0
-    c.data.train = 'task:plan_execute?size=256&seed=1&corrupt=0.3'
-    c.data.eval = 'task:plan_execute?size=16&seed=7&split=test'
+    c.data.train = f'{TASK}&size=256&seed=1&corrupt=0.3'
+    c.data.eval = f'{TASK}&size=16&seed=7&split=test'
   return c

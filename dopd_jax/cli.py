@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
+from dopd_jax import config as configs
 from dopd_jax.errors import Stopped, UserError
 
 PACKAGE = pathlib.Path(__file__).parent
@@ -18,6 +19,18 @@ CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() 
 def run(main: Callable[[], None]) -> None:
   """Parses the flags, runs `main`, and exits: 0 done, 2 for a `UserError`, 130 for an interrupt."""
   app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+def config_of(holder) -> configs.Config:
+  """The validated config behind a `config_flags` flag; raises `UserError` if there is none."""
+  try:
+    value = holder.value
+    if value is None:
+      raise UserError('--config is missing: give --config=configs/NAME.py')
+    return configs.validate(value)
+  except OSError as error:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raise UserError(f'--config could not be read: {lines[-1]}') from error
 
 
 def _parse(argv: list[str]) -> list[str]:

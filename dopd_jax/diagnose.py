@@ -50,8 +50,7 @@ def diagnose(config: Config, out: str, console: Console, microbatch: int = 8) ->
   with jax.set_mesh(mesh):
     with console.status('loading the pair'):
       pair = policies.load_pair(config, mesh, need_teacher=True)
-      policies.check_context(config, pair)
-      examples = read_examples(config, pair)
+      examples, config = read_examples(config, pair)
     rows = -(-len(examples) // (microbatch * mesh.size)) * microbatch * mesh.size
     fill = rows - len(examples)
     examples += examples[:1] * fill  # fillers: scored with an empty mask
@@ -83,39 +82,47 @@ def diagnose(config: Config, out: str, console: Console, microbatch: int = 8) ->
   return summary
 
 
-def read_examples(config: Config, pair: policies.Pair) -> list[Example]:
-  """Examples with their completions, those given as ids exactly as given."""
+def read_examples(config: Config, pair: policies.Pair) -> tuple[list[Example], Config]:
+  """Examples with their completions, ids exactly as given; and the config with its N."""
+  room = min(x.model.config.max_position_embeddings for x in (pair.student, pair.teacher))
   examples = tokenise(
     open_source(config.data.train, loaders=dataset.LOADERS),
     dataset.renderer(config, pair.tokenizer),
-    max_prompt_tokens=config.data.max_prompt_tokens,
-    max_completion_tokens=config.rollout.max_new_tokens,
-    on_too_long=config.data.on_too_long,
+    max_prompt_tokens=room,
+    max_completion_tokens=room,
+    on_too_long='error',
     name=config.data.train,
   ).examples
-  result = []
-  for example in examples:
-    ids = example.record.extra.get('completion_ids')
-    if ids is not None:
-      live = len(pair.tokenizer)
-      if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < live for i in ids):
-        raise UserError(
-          f'record {example.record.id}: completion_ids must be a list of ids from 0 to {live - 1}'
-        )
-      if len(ids) > config.rollout.max_new_tokens:
-        raise UserError(
-          f'record {example.record.id}: completion_ids has {len(ids)} tokens, over '
-          f'--max_new_tokens={config.rollout.max_new_tokens}: raise it'
-        )
-      example = dataclasses.replace(example, completion_ids=ids)
-    result.append(example)
-  given = [e.completion_ids is not None for e in result]
+  examples = [_with_ids(example, len(pair.tokenizer)) for example in examples]
+  given = [e.completion_ids is not None for e in examples]
   if any(given) and not all(given):
     raise UserError(
-      f'record {result[given.index(False)].record.id} has no completion and others have: give all '
-      'of them one, or none'
+      f'record {examples[given.index(False)].record.id} has no completion and others have: give '
+      'all of them one, or none'
     )
-  return result
+  longest = max(max(len(e.prompt_ids), len(e.privileged_ids)) for e in examples)
+  if all(given):
+    N = max(1, *(len(e.completion_ids or []) for e in examples))
+  else:
+    N = config.rollout.max_new_tokens or max(1, min(256, room - longest))
+  if longest + N > room:
+    raise UserError(
+      f'the longest prompt has {longest} tokens and the completion up to {N}, over the context of '
+      f'{room} tokens: shorten the prompts or lower --max_new_tokens'
+    )
+  rollout = dataclasses.replace(config.rollout, max_new_tokens=N)
+  return examples, dataclasses.replace(config, rollout=rollout)
+
+
+def _with_ids(example: Example, live: int) -> Example:
+  ids = example.record.extra.get('completion_ids')
+  if ids is None:
+    return example
+  if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < live for i in ids):
+    raise UserError(
+      f'record {example.record.id}: completion_ids must be a list of ids from 0 to {live - 1}'
+    )
+  return dataclasses.replace(example, completion_ids=ids)
 
 
 def complete(config: Config, pair: policies.Pair, mesh, examples, by_context):
@@ -218,7 +225,7 @@ def main() -> None:
     objective=Dopd(k=FLAGS.k, trim=FLAGS.trim, scope=FLAGS.scope),
     student=Policy(path=FLAGS.student),
     teacher=Policy(path=FLAGS.teacher),
-    data=Data(train=FLAGS.data, max_prompt_tokens=FLAGS.max_prompt_tokens, on_too_long='error'),
+    data=Data(train=FLAGS.data),
     rollout=Rollout(max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature),
     seed=FLAGS.seed,
   )
@@ -230,8 +237,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('student', None, 'Hugging Face directory or hub name.')
   flags.DEFINE_string('data', None, 'Records with prompt and privileged_context.')
   flags.DEFINE_string('out', None, 'Directory to write into.')
-  flags.DEFINE_integer('max_prompt_tokens', 1024, 'Longest prompt, plain or privileged, tokens.')
-  flags.DEFINE_integer('max_new_tokens', 256, 'Longest completion, tokens.')
+  flags.DEFINE_integer('max_new_tokens', 0, 'Longest sampled completion; 0: up to 256 tokens.')
   flags.DEFINE_float('temperature', 1.0, 'Of sampled completions; 0 is greedy.')
   flags.DEFINE_integer('k', 128, 'Tokens in the top-K losses.')
   flags.DEFINE_float('trim', 0.05, 'Share of the largest values that a threshold leaves out.')

@@ -32,7 +32,6 @@ def generate(
   *,
   seed: int = 0,
   batch: int = 32,
-  max_prompt_tokens: int = 4096,
 ) -> int:
   """Writes one JSON line a completion to `out`; returns how many.
 
@@ -44,14 +43,20 @@ def generate(
   mesh = sharding.make_mesh(1, -1, 1)
   config = Config(student=Policy(path=model), seed=seed)
   pair = policies.load_pair(config, mesh, need_teacher=False)
-  limit = pair.student.model.config.max_position_embeddings - sampling.max_new_tokens
+  room = pair.student.model.config.max_position_embeddings
   examples = tokenise(
     open_source(data, privileged='none', loaders=dataset.LOADERS),
     dataset.renderer(config, pair.tokenizer),
-    max_prompt_tokens=min(max_prompt_tokens, limit),
+    max_prompt_tokens=room,
     on_too_long='error',
     name=data,
   ).examples
+  longest = max(len(e.prompt_ids) for e in examples)
+  if longest + sampling.max_new_tokens > room:
+    raise UserError(
+      f'the longest prompt has {longest} tokens, which with {sampling.max_new_tokens} new ones is '
+      f'over the context of {room} tokens: shorten the prompts or lower --max_new_tokens'
+    )
   console = Console(stderr=True)
   for note in sampling_notes(pair.student.generation_config, sampling):
     console.print(note, highlight=False)

@@ -212,6 +212,7 @@ def _random_config(policy: Policy, tokenizer: Any) -> models.DecoderConfig:
     head_dim=a.head_width,
     max_position_embeddings=a.max_position,
     rope_theta=10_000.0,
+    initializer_range=a.width**-0.5,
     eos_token_ids=(tokenizer.eos_token_id,),
     bos_token_id=tokenizer.bos_token_id,
     pad_token_id=tokenizer.pad_token_id,

@@ -7,7 +7,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from dopd_jax import cli, train
-from dopd_jax import config as configs
 from dopd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -15,7 +14,7 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
   """The command."""
-  config = configs.validate(_CONFIG.value)
+  config = cli.config_of(_CONFIG)
   if config.objective.name != 'sft':
     raise UserError(
       f'this config trains with {config.objective.name}, not on completions: run it with '

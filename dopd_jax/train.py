@@ -37,7 +37,6 @@ from dopd_jax import (
   token_records,
   workdirs,
 )
-from dopd_jax import config as configs
 from dopd_jax import state as states
 from dopd_jax.config import Config
 from dopd_jax.data import Example
@@ -333,7 +332,7 @@ def show(pair: Pair, objective: Objective, done: InFlight, count: int) -> list[d
 
 def main() -> None:
   """The command."""
-  config = configs.validate(_CONFIG.value)
+  config = cli.config_of(_CONFIG)
   train(config, FLAGS.workdir)
 
 

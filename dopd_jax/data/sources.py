@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -14,6 +15,8 @@ from dopd_jax.data.records import Record, check_columns, parse_record
 from dopd_jax.errors import UserError
 
 Loader = Callable[[str], Sequence[Mapping[str, Any]]]
+# A split may hold colons of its own: train[:10%].
+_TFDS = re.compile(r'([^:?]+(?::[\d*]+(?:\.[\d*]+)+)?):([^?]+)(?:\?data_dir=(.+))?')
 FORMATS = 'a .jsonl, .parquet or .array_record file, or tfds:NAME:SPLIT'
 
 
@@ -238,17 +241,18 @@ class _TfdsRows(Sequence[Any]):
 
 
 def _tfds(spec: str, rest: str) -> Rows:
-  name, _, options = rest.partition('?')
-  name, colon, split = name.rpartition(':')
-  key, _, data_dir = options.partition('=')
-  if not colon or not name or not split or (options and (key != 'data_dir' or not data_dir)):
-    raise UserError(f'A tfds source is tfds:NAME[/CONFIG]:SPLIT[?data_dir=DIR], not {spec!r}.')
+  parts = _TFDS.fullmatch(rest)
+  if not parts:
+    raise UserError(
+      f'A tfds source is tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR], not {spec!r}.'
+    )
+  name, split, data_dir = parts.groups()
   try:
     # builder(...).as_data_source() finds local data that tfds.data_source misses, and needs no
     # TensorFlow where the data were prepared as array_record.
     import tensorflow_datasets as tfds
 
-    data = tfds.builder(name, data_dir=data_dir or None).as_data_source(split=split)
+    data = tfds.builder(name, data_dir=data_dir).as_data_source(split=split)
   except Exception as error:
     raise UserError(
       f"{spec} cannot be opened ({_first_line(error)}): prepare it with file_format='array_record', "

@@ -45,7 +45,7 @@ def load(
     other than a Llama with SmolLM's byte-level BPE.
   """
   reader = _open(path)
-  config = _config(path, reader)
+  config, tokenizer = _config(path, reader), _tokenizer(path, reader)
   tensors = {}
   for tensor in reader.tensors:
     name = _hf_name(path, tensor.name)
@@ -55,7 +55,7 @@ def load(
     }.get(tensor.name.split('.', 2)[-1])
     shape = tuple(int(n) for n in reversed(tensor.shape))
     tensors[name] = weights.Tensor(str(path), shape, _reader(tensor, heads))
-  return config, weights.assemble(config, tensors, mesh=mesh, dtype=dtype), _tokenizer(path, reader)
+  return config, weights.assemble(config, tensors, mesh=mesh, dtype=dtype), tokenizer
 
 
 def convert(path: str | os.PathLike, directory: str | os.PathLike) -> None:

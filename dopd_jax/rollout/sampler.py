@@ -241,8 +241,8 @@ def _repeat(cache: Any, M: int) -> Any:
 def _cache_lengths(P: int, N: int) -> list[int]:
   """Columns that the cache grows to, one loop each: a step reads all columns, written or not.
 
-  Each length is twice the one before. To grow is to copy the cache once, and for that moment the old
-  one stands beside the new: half as much memory again at the last.
+  Each length is twice the one before. To grow is to copy the cache once, and for that moment the
+  old one stands beside the new: half as much memory again at the last.
   """
   lengths = [P + N - 1]
   while lengths[0] // 2 >= max(P + 1, _SHORTEST):

@@ -133,12 +133,13 @@ def make_records(
     key = _key(problem)
     if key in seen or not in_split(key, split):
       misses += 1
-      if misses > 1000 + 100 * size:
+      if misses == 2000:  # in a row
         raise UserError(
           f'plan_execute has fewer than {size} such problems: ask for a smaller size.'
         )
       continue
     seen.add(key)
+    misses = 0
     error = _corruption(error_rng, problem, modulus) if error_rng.random() < corrupt else None
     other = _draw(other_rng, steps, definitions, rho, modulus, weights) if hint == 'shuffled' else problem
     record_id = f'plan_execute/{split}/{seed}/{len(records)}'
@@ -259,35 +260,38 @@ def _draw(
 
 def _corruption(rng: random.Random, problem: Problem, modulus: int) -> tuple[list[str], list[int]]:
   """A completion with one error and a sensible rest, and the mask of its words."""
-  words, mask = [], []
+  words: list[str] = []
+  mask: list[int] = []
   stated: dict[str, int] = {}
   where = rng.randrange(len(problem.route))
-  lost = [
-    v for v in problem.values if v not in problem.route and v not in (problem.other_route or ())
-  ]
-  wrong_variable = bool(lost) and rng.random() < 0.5
-  parents = {d.variable: d for d in problem.definitions}
+  stray = _stray(rng, problem, where) if rng.random() < 0.5 else None
   previous = '='
   for i, variable in enumerate(problem.route):
-    if i == where and wrong_variable:
-      # What a poor planner would name: a child of the variable before, if there is one.
-      children = [v for v in lost if parents[v].parent == previous] or lost
-      stray = rng.choice(children)
-      value = problem.values[stray]
-      words += [stray, str(value)]
-      mask += [0, 1]
     definition = next(
       d for d in problem.definitions if d.variable == variable and d.parent == previous
     )
     value, right = _step(definition, stated, modulus), 1
     assert value is not None
-    if i == where and not wrong_variable:
+    if i == where and stray:
+      words += [stray, str(problem.values[stray])]
+      mask += [0, 1]
+    elif i == where:
       value, right = (value + rng.randrange(1, modulus)) % modulus, 0
     words += [variable, str(value)]
     mask += [1, right]
     stated[variable] = value
     previous = variable
   return words, mask
+
+
+def _stray(rng: random.Random, problem: Problem, where: int) -> str | None:
+  """A variable off the routes that a poor planner might name at a step, if there is one."""
+  done = problem.route[:where]
+  right = {*problem.route, *(problem.other_route or ())}
+  # Its value can be told from what has been stated: the best guesses are children of the last step.
+  lost = [d for d in problem.definitions if d.variable not in right and d.parent in ('=', *done)]
+  children = [d for d in lost if d.parent == (done[-1] if done else '=')]
+  return rng.choice(children or lost).variable if lost else None
 
 
 def _step(definition: Definition, stated: dict[str, int], modulus: int) -> int | None:
