@@ -43,6 +43,7 @@ setuptools.setup(
     'matplotlib>=3.10',  # report.png
     'Jinja2>=3.1',  # samples.html
     'pyarrow>=20',  # parquet
+    'msgpack>=1.1',  # records in array_record files
     'numpy>=2.0',
     'scipy>=1.14',  # Wilson intervals
     'jaxtyping>=0.3',  # shapes in signatures

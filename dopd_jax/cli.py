@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -50,7 +51,7 @@ def _parse(argv: list[str]) -> list[str]:
 def _guarded(main: Callable[[], None]) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   logging.get_absl_handler().addFilter(_ours_or_serious)
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.read('jax_compilation_cache_dir'):
     jax.config.update('jax_compilation_cache_dir', str(CACHE / 'xla'))
   try:
     main()
@@ -73,6 +74,6 @@ def _sentence(error: BaseException) -> str:
   return ' '.join(text.replace('\\n', ' ').strip('\'"').split())
 
 
-def _fail(sentence: str) -> None:
+def _fail(sentence: str) -> NoReturn:
   print(f'error: {sentence}', file=sys.stderr)
   sys.exit(2)

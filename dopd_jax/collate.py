@@ -34,7 +34,7 @@ def prompts(
     rows = [e.prompt_ids if context == 'plain' else e.privileged_ids for e in examples]
     rows += [[]] * (fill - len(rows))
     P = bucket_length(max(map(len, rows)), bucket)
-    tokens, valid = pad_batch(rows, P, pad_id)
+    tokens, valid = _padded(rows, P, pad_id)
     result[context] = Prompt(tokens, valid.sum(1).astype(np.int32))
   return result
 
@@ -48,12 +48,12 @@ def fixed_completions(
   examples: Sequence[Example], length: int, pad_id: int
 ) -> tuple[Rollout, np.ndarray]:
   """A rollout of the completions of the data, and which of its tokens carry loss [B, N]."""
-  tokens, mask = pad_batch([e.completion_ids or [] for e in examples], length, pad_id)
-  supervised, _ = pad_batch(
+  tokens, mask = _padded([e.completion_ids or [] for e in examples], length, pad_id)
+  supervised, _ = _padded(
     [e.completion_mask or [True] * len(e.completion_ids or []) for e in examples], length, 0
   )
-  zeros = np.zeros(tokens.shape, np.float32)
-  stop = np.full(len(tokens), StopReason.STOP.value, np.int32)
+  zeros: Any = np.zeros(tokens.shape, np.float32)
+  stop: Any = np.full(len(tokens), StopReason.STOP.value, np.int32)
   return Rollout(tokens, mask, zeros, zeros, stop), supervised.astype(bool) & mask
 
 
@@ -67,8 +67,9 @@ def choose_context(
   plain, privileged = by_context['plain'], by_context['privileged']
   P = max(plain.tokens.shape[1], privileged.tokens.shape[1])
   wide = [np.pad(x.tokens, ((0, 0), (0, P - x.tokens.shape[1]))) for x in (privileged, plain)]
-  tokens = np.where(np.array(coin)[:, None], *wide)
-  return {'plain': Prompt(tokens, np.where(coin, privileged.length, plain.length))}
+  tokens: Any = np.where(np.array(coin)[:, None], *wide)
+  length: Any = np.where(coin, privileged.length, plain.length)
+  return {'plain': Prompt(tokens, length)}
 
 
 def put(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -82,6 +83,11 @@ def fetch(tree: Any) -> Any:
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def _padded(rows: Sequence[Sequence[Any]], length: int, pad_id: int) -> tuple[Any, Any]:
+  """NumPy arrays that stand where the steps' types say Array: they become so in `put`."""
+  return pad_batch(rows, length, pad_id)
 
 
 def as_batch(by_context: dict[str, Prompt], rollout: Rollout, supervised: Any = None) -> Batch:

@@ -51,7 +51,9 @@ class Data:
   privileged_template: str = ''  # '' is the default wording
   thinking: bool = False
   max_prompt_tokens: int = 1024  # of the plain and of the privileged prompt
-  prompt_bucket: int = 64  # prompts are padded to a multiple: lengths within one share a compilation
+  prompt_bucket: int = (
+    64  # prompts are padded to a multiple: lengths within one share a compilation
+  )
   on_too_long: str = 'drop'  # drop and count, or 'error'
 
 

@@ -84,7 +84,7 @@ def diagnose(config: Config, out: str, console: Console, microbatch: int = 8) ->
 
 def read_examples(config: Config, pair: policies.Pair) -> tuple[list[Example], Config]:
   """Examples with their completions, ids exactly as given; and the config with its N."""
-  room = min(x.model.config.max_position_embeddings for x in (pair.student, pair.teacher))
+  room = min(x.model.config.max_position_embeddings for x in pair.policies)
   examples = tokenise(
     open_source(config.data.train, loaders=dataset.LOADERS),
     dataset.renderer(config, pair.tokenizer),
@@ -147,18 +147,19 @@ def score(config: Config, pair: policies.Pair, objective, batch, microbatch: int
   import optax
 
   tx = optax.identity()
+  student, teacher = pair.policies
   steps = make_steps(
-    pair.student.model,
-    pair.teacher.model,
+    student.model,
+    teacher.model,
     objective,
     tx,
     live_vocab=len(pair.tokenizer),
     microbatch=microbatch,
     head_tile=config.head_tile,
   )
-  state = states.create(pair.student.params, tx, objective)
-  scored = jax.jit(steps.score)(state, pair.teacher.params, batch)
-  token = jax.jit(steps.measure)(state, pair.teacher.params, batch, scored)
+  state = states.create(student.params, tx, objective)
+  scored = jax.jit(steps.score)(state, teacher.params, batch)
+  token = jax.jit(steps.measure)(state, teacher.params, batch, scored)
   return token, scored._replace(hidden={})
 
 
@@ -166,25 +167,23 @@ def summarise(regimes, batch, scored, token) -> dict:
   """Shares, means and thresholds over all tokens."""
   mask, regime = batch.mask, scored.plan.regime
   n = max(int(mask.sum()), 1)
-  summary = {
-    'records': len(mask),
-    'tokens': int(mask.sum()),
-    **{name: float(value) for name, value in scored.plan.scalars.items()},
-    'entropy': {
-      'S': float(token.entropy[mask].sum() / n),
-      **{k: float(v.entropy[mask].sum() / n) for k, v in scored.signals.items()},
-    },
-    'regimes': {},
-  }
+  by_regime = {}
   for i, name in enumerate(regimes):
     here = regime == i
     count = max(int(here.sum()), 1)
-    summary['regimes'][name] = {
+    by_regime[name] = {
       'share': float(here.sum() / n),
       'loss': float(token.loss[here].sum() / count),
       'gap': float(scored.plan.token['gap'][here].sum() / count),
     }
-  return summary
+  entropies = {'S': token.entropy, **{k: v.entropy for k, v in scored.signals.items()}}
+  return {
+    'records': len(mask),
+    'tokens': int(mask.sum()),
+    **{name: float(value) for name, value in scored.plan.scalars.items()},
+    'entropy': {name: float(value[mask].sum() / n) for name, value in entropies.items()},
+    'regimes': by_regime,
+  }
 
 
 def write(out: str, records: list[dict], summary: dict, title: str) -> None:

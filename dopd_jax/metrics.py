@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -74,7 +75,7 @@ def of_update(
   return {name: float(value) for name, value in values.items()}
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: Any) -> float:
   return float(values.mean(dtype=np.float64)) if values.size else 0.0
 
 

@@ -38,6 +38,11 @@ class Pair(NamedTuple):
   stop_ids: tuple[int, ...]
   pad_id: int
 
+  @property
+  def policies(self) -> list[Loaded]:
+    """Student and, where there is one, teacher."""
+    return [x for x in (self.student, self.teacher) if x is not None]
+
 
 def load_pair(config: Config, mesh: jax.sharding.Mesh, need_teacher: bool) -> Pair:
   """Loads both policies onto the mesh.
@@ -162,8 +167,8 @@ def check_different(student: Loaded, teacher: Loaded) -> None:
 def check_context(config: Config, pair: Pair) -> None:
   """Raises `UserError` if the longest row would not fit the context of either model."""
   total = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-  for name, policy in (('student', pair.student), ('teacher', pair.teacher)):
-    limit = policy.model.config.max_position_embeddings if policy else total
+  for name, policy in zip(('student', 'teacher'), pair.policies):
+    limit = policy.model.config.max_position_embeddings
     if total > limit:
       raise UserError(
         f'data.max_prompt_tokens + rollout.max_new_tokens is {total} tokens, over the context of '
@@ -172,7 +177,7 @@ def check_context(config: Config, pair: Pair) -> None:
 
 
 def _load(policy: Policy, directory: Path | None, *, mesh, dtype, tokenizer, seed) -> Loaded:
-  generation = {}
+  generation, params = {}, None
   if directory is not None:
     config, params = models.load(directory, mesh=mesh)
     if (directory / 'generation_config.json').exists():

@@ -246,7 +246,7 @@ def make_judge(config: Config, pair: Pair, held_out: Sequence[Example], mesh: An
 
   def look(params, progress, teacher_params=None):
     values = judge.accuracy('eval/accuracy', student, params, progress)
-    if teacher_params is not None and config.evaluation.teacher:
+    if teacher_params is not None and pair.teacher and config.evaluation.teacher:
       teacher = one(pair.teacher.model)
       values |= judge.accuracy('eval/teacher_accuracy', teacher, teacher_params, progress)
     return values

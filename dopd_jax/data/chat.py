@@ -1,13 +1,13 @@
 """The plain and the privileged rendering of a prompt, by the student's chat template.
 
-Every policy, student or teacher, reads the ids made here: one tokenizer, one template, one generation
-state. The two renderings of a record differ by the privileged section in the last user message and in
-nothing else.
+Every policy, student or teacher, reads the ids made here: one tokenizer, one template, one
+generation state. The two renderings of a record differ by the privileged section in the last user
+message and in nothing else.
 """
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from dopd_jax.data.records import Message, Record
 from dopd_jax.errors import UserError
@@ -26,8 +26,8 @@ class Renderer:
 
   Args:
     tokenizer: of the student. Without a chat template, text prompts are encoded as they are.
-    privileged_template: the last user message of a privileged prompt; `{prompt}` stands for the plain
-      message, `{context}` for the privileged context, and every other brace for itself.
+    privileged_template: the last user message of a privileged prompt; `{prompt}` stands for the
+      plain message, `{context}` for the privileged context, and every other brace for itself.
     thinking: what the template gets as `enable_thinking`, where it knows that name.
     stop_id: the token that ends a completion; by default the tokenizer's eos token.
 
@@ -45,7 +45,7 @@ class Renderer:
     for placeholder in ('{prompt}', '{context}'):
       if placeholder not in privileged_template:
         raise UserError(
-          f'data.privileged_template must contain {placeholder}, and {privileged_template!r} does not.'
+          f'data.privileged_template must contain {placeholder}; {privileged_template!r} does not.'
         )
     self.tokenizer = tokenizer
     self.stop_id = tokenizer.eos_token_id if stop_id is None else stop_id
@@ -55,7 +55,7 @@ class Renderer:
     self._chat_template = tokenizer.get_chat_template() if tokenizer.chat_template else None
     # Only where the template knows it: some templates refuse or misread what they do not know.
     knows_thinking = self._chat_template and 'enable_thinking' in self._chat_template
-    self._template_options = {'enable_thinking': thinking} if knows_thinking else {}
+    self._template_options: dict[str, Any] = {'enable_thinking': thinking} if knows_thinking else {}
 
   def plain(self, record: Record) -> list[int]:
     """Ids of the prompt without privileged context: BOS at most once, no EOS at the end."""
@@ -66,7 +66,7 @@ class Renderer:
     return self.privileged_batch([record])[0]
 
   def completion(self, record: Record) -> list[int] | None:
-    """Ids of a given completion, with exactly one stop token at the end; None where none is given."""
+    """Ids of a given completion and exactly one stop token; None where none is given."""
     return self.completion_batch([record])[0]
 
   def plain_batch(self, records: Sequence[Record]) -> list[list[int]]:
@@ -130,13 +130,14 @@ class Renderer:
     return self._encode(texts)
 
   def _apply_template(self, chats: list[list[Message]]) -> list[str]:
-    return self.tokenizer.apply_chat_template(
+    texts = self.tokenizer.apply_chat_template(
       chats,
       chat_template=self._chat_template,
       tokenize=False,
       add_generation_prompt=True,
       **self._template_options,
     )
+    return cast(list[str], texts)
 
   def _encode(self, texts: list[str]) -> list[list[int]]:
     if not texts:

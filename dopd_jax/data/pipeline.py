@@ -1,4 +1,5 @@
-"""From records to batches: tokenised ahead, shuffled, staged, sharded by process, exactly resumable.
+"""From records to batches: tokenised ahead, shuffled, staged, sharded by process, exactly
+resumable.
 
 The order of the examples is a function of the seed and of the number of batches taken so far. That
 number is the whole state, the same for all processes, so that a run goes on with another process
@@ -19,7 +20,6 @@ from dopd_jax.data.records import Record
 from dopd_jax.data.sources import Loader, open_source
 from dopd_jax.errors import UserError
 
-
 _CHUNK = 1024  # records rendered in one call of the tokenizer
 
 
@@ -35,8 +35,8 @@ class Example:
     completion_ids: a given completion and its stop token, or None.
     completion_mask: which of `completion_ids` are trained on, from the column `completion_mask` of
       the data (one value a token, the stop token optional); None means all.
-    draw: index + epoch * records in the source: a record drawn twice into one batch, at the turn of an
-      epoch or where a batch is larger than the data, differs here. Fold this into sampling keys.
+    draw: index + epoch * records in the source: a record drawn twice into one batch, at the turn of
+      an epoch or where a batch is larger than the data, differs here. Fold this into sampling keys.
   """
 
   index: int
@@ -100,23 +100,24 @@ def tokenise(
     record = example.record
     if _has_unknown(example, renderer.tokenizer):
       unknown.append(record.id)
-    limits = {
-      'prompt': (example.prompt_ids, max_prompt_tokens, 'data.max_prompt_tokens'),
-      'privileged': (example.privileged_ids, max_prompt_tokens, 'data.max_prompt_tokens'),
-      'completion': (example.completion_ids, max_completion_tokens, 'data.max_completion_tokens'),
-    }
-    long = [part for part, (ids, limit, _) in limits.items() if ids and len(ids) > limit]
-    if long and on_too_long == 'error':
-      ids, limit, key = limits[long[0]]
-      part = 'privileged prompt' if long[0] == 'privileged' else long[0]
+    lengths = (
+      ('prompt', len(example.prompt_ids), max_prompt_tokens),
+      ('privileged', len(example.privileged_ids), max_prompt_tokens),
+      ('completion', len(example.completion_ids or []), max_completion_tokens or 0),
+    )
+    long = next((part for part in lengths if part[1] > part[2]), None)
+    if long is None:
+      examples.append(example)
+      continue
+    name_of_part, length, limit = long
+    if on_too_long == 'error':
+      key = 'data.max_completion_tokens' if long is lengths[2] else 'data.max_prompt_tokens'
+      part = 'privileged prompt' if long is lengths[1] else name_of_part
       raise UserError(
-        f'Record {record.id}: the {part} has {len(ids)} tokens and {key} is {limit}; '
+        f'Record {record.id}: the {part} has {length} tokens and {key} is {limit}; '
         "raise it, shorten the record, or set data.on_too_long='drop'."
       )
-    if long:
-      dropped = dropped._replace(**{long[0]: getattr(dropped, long[0]) + 1})
-    else:
-      examples.append(example)
+    dropped = dropped._replace(**{name_of_part: getattr(dropped, name_of_part) + 1})
   if unknown:
     logging.warning(
       '%d of %d records of %s have words that the tokenizer does not know; the first is %s.',
@@ -124,9 +125,9 @@ def tokenise(
     )  # fmt: skip
   if not examples:
     raise UserError(
-      f'All {len(records)} records of {name} are too long (prompt {dropped.prompt}, privileged prompt '
-      f'{dropped.privileged}, completion {dropped.completion}): raise data.max_prompt_tokens or '
-      'data.max_completion_tokens.'
+      f'All {len(records)} records of {name} are too long (prompt {dropped.prompt}, '
+      f'privileged prompt {dropped.privileged}, completion {dropped.completion}): '
+      'raise data.max_prompt_tokens or data.max_completion_tokens.'
     )
   if dropped.total:
     logging.warning('Dropped %d of %d records of %s as too long: %s.',
@@ -142,7 +143,8 @@ class Pipeline(Iterator[list[Example]]):
   its number of batches, and the next one starts with the following batch.
 
   Args:
-    stages: (examples, number of batches) pairs; None batches, for the last stage only, is without end.
+    stages: (examples, number of batches) pairs; None batches, for the last stage only, is without
+      end.
     batch_size: examples a global batch.
     seed: of the order.
     process_index: which slice of each batch this process gets.
@@ -163,8 +165,8 @@ class Pipeline(Iterator[list[Example]]):
   ):
     if batch_size < 1 or process_count < 1 or batch_size % process_count:
       raise UserError(
-        f'The batch of {batch_size} prompts must be a positive multiple of the number of processes, '
-        f'{process_count}.'
+        f'The batch of {batch_size} prompts must be a positive multiple of the {process_count} '
+        'processes.'
       )
     if not 0 <= process_index < process_count:
       raise UserError(f'There is no process {process_index} of {process_count}.')
@@ -178,7 +180,9 @@ class Pipeline(Iterator[list[Example]]):
       if steps is not None and steps < 1:
         raise UserError(f'Stage {number} of data.stages has {steps} steps: give it at least 1.')
     self._stages = list(stages)
-    self._orders = [_order(data.examples, seed, i, batch_size) for i, (data, _) in enumerate(stages)]
+    self._orders = [
+      _order(data.examples, seed, i, batch_size) for i, (data, _) in enumerate(stages)
+    ]
     self._batch_size = batch_size
     share = batch_size // process_count
     self._mine = range(process_index * share, (process_index + 1) * share)
@@ -189,7 +193,7 @@ class Pipeline(Iterator[list[Example]]):
   def length(self) -> int | None:
     """Batches in all stages together; None without end."""
     steps = [steps for _, steps in self._stages]
-    return None if None in steps else sum(steps)
+    return None if None in steps else sum(count for count in steps if count)
 
   @property
   def dropped(self) -> Dropped:
@@ -208,7 +212,7 @@ class Pipeline(Iterator[list[Example]]):
       raise StopIteration
     stage, step = located
     data = self._stages[stage][0]
-    batch = self._orders[stage][step]
+    batch: Any = self._orders[stage][step]
     self._taken += 1
     start = step * self._batch_size
     return [
@@ -231,8 +235,8 @@ class Pipeline(Iterator[list[Example]]):
     """
     if state.get('fingerprint') != self._fingerprint:
       raise UserError(
-        'The saved position in the data belongs to other data or stages, another batch size, tokenizer '
-        'or seed: restore these, or start in a new workdir.'
+        'The saved position in the data belongs to other data or stages, another batch size, '
+        'tokenizer or seed: restore these, or start in a new workdir.'
       )
     self._taken = int(state['batches'])
 
@@ -259,7 +263,8 @@ def make_pipeline(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Pipeline:
-  """Opens, tokenises and orders the sources of a curriculum: (source spec, number of batches) pairs.
+  """Opens, tokenises and orders the sources of a curriculum: (source spec, number of batches)
+  pairs.
 
   `open_source`, `tokenise` and `Pipeline` say what the arguments are and what they raise.
   """
@@ -295,8 +300,8 @@ def pad_batch(
     side: of the padding, 'left' or 'right'.
 
   Returns:
-    tokens [B, T] int32, and valid [B, T] bool: which columns hold a token. Padding is told by place,
-    never by id: the pad id may be the stop id.
+    tokens [B, T] int32, and valid [B, T] bool: which columns hold a token. Padding is told by
+    place, never by id: the pad id may be the stop id.
 
   Raises:
     ValueError: a row is longer than `length`, or there is no such side.
@@ -320,7 +325,10 @@ def _render_all(
   for start in range(0, len(records), _CHUNK):
     chunk = [records[i] for i in range(start, min(start + _CHUNK, len(records)))]
     completions = renderer.completion_batch(chunk) if with_completion else [None] * len(chunk)
-    columns = zip(chunk, renderer.plain_batch(chunk), renderer.privileged_batch(chunk), completions)
+    plain = privileged = renderer.plain_batch(chunk)
+    if any((record.privileged_context or '').strip() for record in chunk):
+      privileged = renderer.privileged_batch(chunk)
+    columns = zip(chunk, plain, privileged, completions)
     for index, (record, prompt_ids, privileged_ids, completion_ids) in enumerate(columns, start):
       if not prompt_ids:
         raise UserError(
@@ -341,7 +349,8 @@ def _completion_mask(record: Record, ids: list[int] | None) -> list[bool] | None
     mask.append(True)
   if len(mask) != len(ids):
     raise UserError(
-      f'Record {record.id}: completion_mask has {len(mask)} values for {len(ids)} completion tokens.'
+      f'Record {record.id}: completion_mask has {len(mask)} values for {len(ids)} completion '
+      'tokens.'
     )
   return mask
 
@@ -368,5 +377,6 @@ def _fingerprint(stages: Sequence[tuple[Tokenised, int | None]], batch_size: int
     digest.update(f' stage {steps} {data.size} '.encode())
     for example in data.examples:
       parts = [example.prompt_ids, example.privileged_ids, example.completion_ids or []]
-      digest.update(np.array([example.index, *map(len, parts), *sum(parts, [])], '<i8').tobytes())
+      for part in ([example.index], *parts):
+        digest.update(np.array([len(part), *part], '<i8').tobytes())
   return digest.hexdigest()

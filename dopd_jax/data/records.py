@@ -59,8 +59,8 @@ def parse_record(
     row: a mapping of column names to values.
     where: the place of the row, for errors: 'train.jsonl line 3'.
     default_id: the id of a row without one.
-    privileged: 'column' wants a privileged_context in every row (it may be blank); 'none' gives every
-      record an empty one, also where the column exists.
+    privileged: 'column' wants a privileged_context in every row (it may be blank); 'none' gives
+      every record an empty one, also where the column exists.
     columns: our column name -> the name it has in these data.
 
   Raises:
@@ -102,7 +102,7 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
   for name, key in (columns or {}).items():
     if name not in COLUMNS:
       raise UserError(
-        f'data.columns maps our columns to yours, and {name!r} is none of ours: {", ".join(COLUMNS)}.'
+        f'data.columns maps our columns to yours; {name!r} is none of ours: {", ".join(COLUMNS)}.'
       )
     if not isinstance(key, str) or not key:
       raise UserError(f'data.columns[{name!r}] is the name of a column, not {key!r}.')
@@ -110,9 +110,7 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
 
 def _prompt(value: Any, name: str, where: str) -> str | list[Message]:
   if value is None:
-    raise UserError(
-      f'{where}: there is no {name}; add this column, or name yours in data.columns.'
-    )
+    raise UserError(f'{where}: there is no {name}; add this column, or name yours in data.columns.')
   if isinstance(value, str):
     text = _text(value, name, where)
     if not value.strip():

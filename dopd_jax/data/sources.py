@@ -69,8 +69,8 @@ def open_source(
 
   Args:
     spec: the path of a .jsonl, .parquet or .array_record file, with * and ? for several files in
-      order of name; `tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR]`, prepared as array_record; or
-      `SCHEME:REST` for a scheme of `loaders`.
+      order of name; `tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR]`, prepared as array_record;
+      or `SCHEME:REST` for a scheme of `loaders`.
     privileged: 'column', or 'none' for empty privileged contexts.
     columns: our column name -> the name it has in these data, {'prompt': 'question'}.
     loaders: scheme -> function from REST to rows (mappings with our columns).
@@ -94,7 +94,7 @@ def open_source(
 
 
 def write_array_record(records: Iterable[Record | Mapping[str, Any]], path: str) -> int:
-  """Writes records as msgpack maps of their columns, one an array_record entry; returns how many."""
+  """Writes records as msgpack maps of their columns, one an entry; returns how many."""
   import msgpack
   from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -146,7 +146,9 @@ def _jsonl(path: str, name: str) -> Rows:
       try:
         rows.append(json.loads(line.decode('utf-8-sig' if number == 1 else 'utf-8')))
       except UnicodeDecodeError:
-        raise UserError(f'{name} line {number}: this is not UTF-8 text; convert the file.') from None
+        raise UserError(
+          f'{name} line {number}: this is not UTF-8 text; convert the file.'
+        ) from None
       except json.JSONDecodeError as error:
         raise UserError(
           f'{name} line {number}: this is not JSON ({error.msg} at column {error.colno}); '
@@ -228,7 +230,7 @@ class _TfdsRows(Sequence[Any]):
   def __len__(self):
     return len(self._data)
 
-  def __getitem__(self, index):
+  def __getitem__(self, index):  # pyrefly: ignore[bad-override]
     row = {key: _plain(value) for key, value in self._data[index].items()}
     # A sequence of messages comes as one list a key.
     for key, value in row.items():
@@ -255,8 +257,8 @@ def _tfds(spec: str, rest: str) -> Rows:
     data = tfds.builder(name, data_dir=data_dir).as_data_source(split=split)
   except Exception as error:
     raise UserError(
-      f"{spec} cannot be opened ({_first_line(error)}): prepare it with file_format='array_record', "
-      'and name its directory by ?data_dir=DIR.'
+      f'{spec} cannot be opened ({_first_line(error)}): prepare it with '
+      "file_format='array_record', and name its directory by ?data_dir=DIR."
     ) from None
   return Rows(_TfdsRows(data), spec, lambda i: f'{spec} record {i}')
 

@@ -70,6 +70,7 @@ def divergence_of(
   check(rule)
   if rule.divergence == CROSS_ENTROPY:
     return -jnp.take_along_axis(student_logp, tokens[:, None], axis=-1)[:, 0]
+  assert source_logp is not None, rule
   if rule.region == 'sampled':
     return support.sampled_token(rule.divergence, student_logp, source_logp, tokens, rule.clip)
   if rule.region == 'top_k':

@@ -150,8 +150,10 @@ class Decoder(nnx.Module):
     return hidden, Cache(k, v, key_valid, index + T, jnp.maximum(cache.position, last))
 
 
-def drop_layers(params: Params, config: DecoderConfig, keep: Sequence[int]):
-  """A shallower model made of the layers `keep`: (params, config).
+def drop_layers(
+  params: Params, config: DecoderConfig, keep: Sequence[int]
+) -> tuple[Params, DecoderConfig]:
+  """A shallower model made of the layers `keep`.
 
   Every array is a copy. A student that shared arrays with its teacher would delete them when its
   state is donated to an update.

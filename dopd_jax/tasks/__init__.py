@@ -16,6 +16,8 @@ from dopd_jax.errors import UserError
 from dopd_jax.tasks import plan_execute, reasoning
 from dopd_jax.tasks.verifiers import verify as verify
 
+_KINDS = {int: 'a whole number', float: 'a number', str: 'text'}
+
 
 def make_records(name: str, size: int, seed: int, **options: Any) -> list[dict[str, Any]]:
   """Records of a task, as mappings with the columns that `dopd_jax.data` reads.
@@ -31,11 +33,14 @@ def make_records(name: str, size: int, seed: int, **options: Any) -> list[dict[s
   """
   if name != 'plan_execute':
     return reasoning.make_records(name, size, seed, **options)
-  known = list(inspect.signature(plan_execute.make_records).parameters)[2:]
-  for option in options:
+  known = dict(list(inspect.signature(plan_execute.make_records).parameters.items())[2:])
+  for option, value in options.items():
     if option not in known:
-      near = difflib.get_close_matches(option, known, n=1, cutoff=0)[0]
+      near = difflib.get_close_matches(option, list(known), n=1, cutoff=0)[0]
       raise UserError(f'plan_execute has no option {option!r}: did you mean {near!r}?')
+    kind = known[option].annotation
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+      raise UserError(f'plan_execute takes {_KINDS[kind]} as {option}, not {value!r}.')
   return plan_execute.make_records(size, seed, **options)
 
 

@@ -4,10 +4,10 @@ import re
 
 # Numbers of the world rather than of a solution: units of time, halves and pairs, per cent.
 _CONSTANTS = {1.0, 2.0, 7.0, 12.0, 24.0, 60.0, 100.0}
-_WORDS = 'zero one two three four five six seven eight nine ten eleven twelve'.split()
-_VALUES = {word: float(i) for i, word in enumerate(_WORDS)}
+_WORDS = ('one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven')
+_VALUES = {word: float(i) for i, word in enumerate(_WORDS, start=1)}
 _VALUES |= {'twice': 2.0, 'double': 2.0, 'half': 2.0, 'thrice': 3.0, 'triple': 3.0, 'third': 3.0}
-_VALUES |= {'quarter': 4.0, 'dozen': 12.0}
+_VALUES |= {'quarter': 4.0, 'twelve': 12.0, 'dozen': 12.0}
 
 _NUMBER = r'\d[\d,]*\d(?:\.\d+)?|\d+(?:\.\d+)?'
 _NUMBERS = re.compile(_NUMBER)
@@ -33,9 +33,10 @@ def results_in(solution: str) -> set[float]:
 def steps_without_results(solution: str, problem: str, answer: str) -> str:
   """Numbered steps of a worked solution, with every result taken out.
 
-  A number stays if the problem gives it and it is not the answer. What a step arrives at becomes `?`;
-  where a later step takes it up it becomes `[step 2]`, so that the order of the work stays readable.
-  The final answer stays nowhere, not even where the problem happens to hold the same number.
+  A number stays if the problem gives it and it is not the answer. What a step arrives at becomes
+  `?`; where a later step takes it up it becomes `[step 2]`, so that the order of the work stays
+  readable. The final answer stays nowhere, not even where the problem happens to hold the same
+  number.
 
   Args:
     solution: one step a line; a line `#### answer` is left out.
@@ -45,8 +46,9 @@ def steps_without_results(solution: str, problem: str, answer: str) -> str:
   lines = [_BULLET.sub('', line).strip() for line in solution.splitlines()]
   lines = [line for line in lines if line and not line.startswith('####')]
   given = numbers_in(problem)
-  # Given in another way: in words, as a percentage, by the calendar. A result may have the same value.
-  implied = {_VALUES[w] for w in re.findall(r'[a-z]+', problem.lower()) if w in _VALUES} | _CONSTANTS
+  # Given in another way, unless a result has the same value: in words, per cent, by the calendar.
+  words = re.findall(r'[a-z]+', problem.lower())
+  implied = {_VALUES[word] for word in words if word in _VALUES} | _CONSTANTS
   if '%' in problem or 'percent' in problem:
     implied |= {value / 100 for value in given}
   kept = (given | (implied - results_in('\n'.join(lines)))) - numbers_in(answer)

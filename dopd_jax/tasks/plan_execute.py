@@ -75,7 +75,7 @@ def apply(function: str, value: int, modulus: int = 10) -> int:
 
 
 def tokenizer():
-  """The tokenizer of this task: one token a word, 57 in all (`words.word_tokenizer`)."""
+  """A Hugging Face tokenizer of this task: one token a word, 57 in all."""
   return word_tokenizer(['=', '?', *'0123456789', *LETTERS, *sorted(functions())])
 
 
@@ -108,11 +108,10 @@ def make_records(
       'answer_steps', 'full' (the reference completion), 'shuffled' (the steps of another problem)
       or 'partial' (the first variable).
     ops: operators, of '+', '-' and '*'.
-    modulus: of the arithmetic, 3 to 10. Tiny models learn a prime one faster: modulo 10 they know the
-      values modulo 5 long before they know which are even.
+    modulus: of the arithmetic, 3 to 10. Tiny models learn a prime one faster: modulo 10 they know
+      the values modulo 5 long before they know which are even.
     zipf: exponent of the law by which functions are drawn; 0 is uniform. A student that learnt from
-    a
-      steep law lacks the rare functions, and can gain them from a teacher that learnt from a flat
+      a steep law lacks the rare functions, and can gain them from a teacher that learnt from a flat
       one.
     corrupt: probability that a completion holds one student-like error, a wrong value or a wrong
       variable, and goes on sensibly: from the value as stated, or back on the route. The column
@@ -123,9 +122,10 @@ def make_records(
     UserError: an option is out of range, or there are fewer than `size` such problems.
   """
   _check(size, seed, steps, definitions, rho, hint, ops, modulus, zipf, corrupt)
-  # Seeded by text: the same on every platform. Errors and foreign hints have generators of their own,
-  # so that the arms of a study are about the same problems.
-  rng, error_rng, other_rng = (random.Random(f'{kind} {seed}') for kind in ('problem', 'error', 'other'))
+  # Seeded by text: the same on every platform. Errors and foreign hints have generators of their
+  # own, so that the arms of a study are about the same problems.
+  rng, error_rng = random.Random(f'problem {seed}'), random.Random(f'error {seed}')
+  other_rng = random.Random(f'other {seed}')
   weights = {word: rank**-zipf for rank, word in enumerate(functions(ops, modulus), start=1)}
   records, seen, misses = [], set(), 0
   while len(records) < size:
@@ -141,9 +141,13 @@ def make_records(
     seen.add(key)
     misses = 0
     error = _corruption(error_rng, problem, modulus) if error_rng.random() < corrupt else None
-    other = _draw(other_rng, steps, definitions, rho, modulus, weights) if hint == 'shuffled' else problem
+    other = problem
+    if hint == 'shuffled':
+      other = _draw(other_rng, steps, definitions, rho, modulus, weights)
     record_id = f'plan_execute/{split}/{seed}/{len(records)}'
-    records.append({**_record(record_id, problem, other, error, hint, corrupt > 0), 'modulus': modulus})
+    records.append(
+      {**_record(record_id, problem, other, error, hint, corrupt > 0), 'modulus': modulus}
+    )
   return records
 
 
@@ -169,7 +173,8 @@ def score(prompt: str, completion: str, modulus: int = 10) -> Score:
   for variable, value in pairs:
     mine = [d for d in definitions if d.variable == variable]
     on_route &= any(d.parent == previous for d in mine)
-    right += value in {str(_step(d, stated, modulus)) for d in mine}
+    steps = (_step(d, stated, modulus) for d in mine)
+    right += value in {str(step) for step in steps if step is not None}
     if value in '0123456789' and len(value) == 1:
       stated[variable] = int(value)
     previous = variable
@@ -182,9 +187,12 @@ def verify(record: Any, completion: str) -> float:
 
 
 def token_kinds(record: Any, completion_words: list[str]) -> list[str]:
-  """'plan' for a variable, 'execution' for a value, 'other' for the rest, the stop word included."""
+  """'plan' for a variable, 'execution' for a value, 'other' for the rest, the stop included."""
   del record  # the kind shows in the word itself
-  kinds = {**dict.fromkeys(LETTERS, 'plan'), **dict.fromkeys('0123456789', 'execution')}
+  kinds: dict[str, str] = {
+    **dict.fromkeys(LETTERS, 'plan'),
+    **dict.fromkeys('0123456789', 'execution'),
+  }
   return [kinds.get(word, 'other') for word in completion_words]
 
 
@@ -209,7 +217,12 @@ def _check(size, seed, steps, definitions, rho, hint, ops, modulus, zipf, corrup
 
 
 def _draw(
-  rng: random.Random, steps: int, definitions: int, rho: float, modulus: int, weights: dict[str, float]
+  rng: random.Random,
+  steps: int,
+  definitions: int,
+  rho: float,
+  modulus: int,
+  weights: dict[str, float],
 ) -> Problem:
   """One problem; drawn again where no function closes the second route on the same value."""
   words, cumulative = list(weights), list(itertools.accumulate(weights.values()))
@@ -251,11 +264,11 @@ def _draw(
       continue
 
     # A fair coin after all else: the way of drawing leaves no trace of the reference in the prompt.
-    routes = [tuple(chain), tuple(twin) if two_routes else None]
     if two_routes and rng.random() < 0.5:
-      routes.reverse()
+      chain, twin = twin, chain
     rng.shuffle(made)
-    return Problem(tuple(made), query, routes[0], routes[1], values)
+    other = tuple(twin) if two_routes else None
+    return Problem(tuple(made), query, tuple(chain), other, values)
 
 
 def _corruption(rng: random.Random, problem: Problem, modulus: int) -> tuple[list[str], list[int]]:

@@ -1,8 +1,8 @@
 """Prompts, hints and verifiers from the procedural families of reasoning_gym.
 
-A family suits privileged training if its items carry a worked solution: gsm_symbolic does, and that of
-a chain of sums follows from its expression. For any other family name the metadata that holds the
-solution (`solution=`), or ask for a hint that needs none.
+A family suits privileged training if its items carry a worked solution: gsm_symbolic does, and that
+of a chain of sums follows from its expression. For any other family name the metadata that holds
+the solution (`solution=`), or ask for a hint that needs none.
 """
 
 import functools
@@ -18,8 +18,9 @@ from dopd_jax.tasks.hints import steps_without_results
 
 HINTS = ('steps', 'none', 'answer', 'answer_steps', 'full', 'shuffled', 'partial')
 _NEEDS_SOLUTION = ('steps', 'answer_steps', 'full', 'shuffled', 'partial')
-# reasoning_gym draws item i with seed + i: our seeds must be further apart than any data set is long.
+# reasoning_gym draws item i with seed + i: our seeds must lie further apart than a set is long.
 _SEED_STRIDE = 10_000_019
+_SAID = re.compile(r'answer(?:\s+is\b|\s*:)\s*:?[ \t]*(.+?)\s*(?:\.\s|\.?$)', re.I | re.M)
 
 
 def make_records(
@@ -38,16 +39,16 @@ def make_records(
     family: name of a reasoning_gym data set, such as 'gsm_symbolic'.
     size: number of records; no question comes twice.
     seed: sets with different seeds share no item.
-    hint: what the privileged context holds: 'steps' (the worked solution without its results), 'none',
-      'answer', 'answer_steps', 'full' (the worked solution), 'shuffled' (the steps of another item) or
-      'partial' (the first step).
+    hint: what the privileged context holds: 'steps' (the worked solution without its results),
+      'none', 'answer', 'answer_steps', 'full' (the worked solution), 'shuffled' (the steps of
+      another item) or 'partial' (the first step).
     solution: the key of the metadata that holds the worked solution, a text or a list of steps.
     split: 'train', 'test' or 'all'; the hash of the question decides.
     **options: of the family, as reasoning_gym names them.
 
   Raises:
-    UserError: reasoning_gym is missing, there is no such family or option, the family carries no worked
-      solution and the hint needs one, or there are too few items.
+    UserError: reasoning_gym is missing, there is no such family or option, the family carries no
+      worked solution and the hint needs one, or there are too few items.
   """
   if hint not in HINTS:
     raise UserError(f'{family} has no hint {hint!r}: choose one of {", ".join(HINTS)}.')
@@ -141,7 +142,7 @@ def final_answer(completion: str) -> str:
   boxed = _boxed(completion)
   if boxed is not None:
     return boxed.strip()
-  said = re.findall(r'answer(?:\s+is\b|\s*:)\s*:?[ \t]*(.+?)\s*(?:\.\s|\.?$)', completion, re.I | re.M)
+  said = _SAID.findall(completion)
   if said:
     return said[-1].strip(' *')
   lines = [line.strip() for line in completion.splitlines() if line.strip()]
