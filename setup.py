@@ -1,4 +1,4 @@
-"""How dopd_jax is installed: tools are set in pyproject.toml, tested versions in constraints.txt."""
+"""How dopd_jax is installed; tools are set in pyproject.toml, tested versions in constraints."""
 
 import pathlib
 import re
@@ -10,6 +10,7 @@ ABOUT = (HERE / 'dopd_jax' / '__init__.py').read_text()
 
 
 def about(name):
+  """A constant of the package, read without importing it."""
   return re.search(rf"^{name} = '(.*)'", ABOUT, re.MULTILINE).group(1)
 
 

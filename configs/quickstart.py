@@ -9,7 +9,7 @@ Device: 2 CPU cores, under 5 minutes. The pair was made by `configs/quickstart_s
 
 from dopd_jax import config
 
-STEPS = 100
+TASK = 'task:plan_execute?steps=2&definitions=4&modulus=7'
 
 
 def get_config(arg=''):
@@ -18,16 +18,17 @@ def get_config(arg=''):
   c.seed = a.seed
   c.student.path = 'package:dopd_jax/assets/quickstart/student'
   c.teacher.path = 'package:dopd_jax/assets/quickstart/teacher'
-  c.data.train = f'task:plan_execute?size=20000&seed={1000 + a.seed}'
-  c.data.eval = 'task:plan_execute?size=1000&seed=7&split=test'
+  c.data.train = f'{TASK}&size=20000&seed={1000 + a.seed}'
+  c.data.eval = f'{TASK}&size=1000&seed=8&split=test'
   c.data.max_prompt_tokens = 64
+  c.data.prompt_bucket = 16
   c.rollout.prompts = 32
   c.rollout.samples = 4
-  c.rollout.max_new_tokens = 12
+  c.rollout.max_new_tokens = 8
   c.optimizer.learning_rate = 5e-4
   c.optimizer.warmup_steps = 10
   c.microbatch = 128
-  c.steps = STEPS
+  c.steps = 100
   c.evaluation.every = 25
   c.checkpoint.every = 25
   c.log.every = 5
@@ -36,7 +37,7 @@ def get_config(arg=''):
     c.optimizer.warmup_steps = 0
     c.rollout.prompts = 4
     c.microbatch = 16
-    c.data.train = 'task:plan_execute?size=64&seed=1000'
-    c.data.eval = 'task:plan_execute?size=16&seed=7&split=test'
+    c.data.train = f'{TASK}&size=64&seed=1000'
+    c.data.eval = f'{TASK}&size=16&seed=8&split=test'
     c.log.every = 1
   return c

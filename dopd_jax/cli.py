@@ -51,7 +51,7 @@ def _parse(argv: list[str]) -> list[str]:
 def _guarded(main: Callable[[], None]) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   logging.get_absl_handler().addFilter(_ours_or_serious)
-  if not jax.config.read('jax_compilation_cache_dir'):
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(CACHE / 'xla'))
   try:
     main()

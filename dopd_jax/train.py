@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
@@ -213,14 +214,14 @@ def make_roll(config: Config, pair: Pair, objective: Objective, mesh: Any) -> An
     by_context = collate.prompts(examples, sorted(objective.contexts), bucket, pair.pad_id)
     index = np.array([e.draw for e in examples], np.uint32)
     key = jax.random.fold_in(run_key, step)
-    once = r.prompts_at_once or r.prompts
+    once = r.prompts_at_once or len(examples)
     parts = []
-    for i in range(0, len(examples), once // jax.process_count()):
-      part = slice(i, i + once // jax.process_count())
+    for i in range(0, len(examples), once):
+      part = slice(i, i + once)
       prompt = jax.tree.map(lambda x, part=part: x[part], by_context[objective.student.context])
       prompt, numbers = collate.put((prompt, index[part]), mesh)
       parts.append(generate(params, prompt, key, numbers))
-    rollout = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    rollout = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     by_context = collate.put(collate.repeat(by_context, r.samples), mesh)
     rows = [e for e in examples for _ in range(r.samples)]
     return rows, rollout, collate.as_batch(by_context, rollout)

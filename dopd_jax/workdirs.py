@@ -67,6 +67,8 @@ def read_config(workdir: str) -> Config:
 
 def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
   """Raises `UserError` unless the mesh divides the prompts and the rows of a micro-batch."""
+  if config.rollout.prompts_at_once and jax.process_count() > 1:
+    raise UserError('rollout.prompts_at_once works on one process only: set it to 0')
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   for name, rows in (
     ('rollout.prompts', config.rollout.prompts),
