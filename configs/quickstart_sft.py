@@ -14,7 +14,7 @@ from dopd_jax import config
 TASK = 'task:plan_execute?steps=2&definitions=4&modulus=7'
 SIZES = {  # layers, width, heads, kv_heads, head_width, feed_forward
   'teacher': (4, 96, 4, 2, 24, 256),
-  'student': (2, 64, 4, 2, 16, 160),
+  'student': (3, 64, 4, 2, 16, 160),
 }
 
 
@@ -47,7 +47,7 @@ def get_config(arg=''):
   c.optimizer.warmup_steps = 100
   c.optimizer.weight_decay = 0.01
   c.microbatch = 64
-  c.steps = 2500 if teacher else 1500
+  c.steps = 2500
   c.evaluation.every = 250
   c.checkpoint.every = 250
   c.log.every = 50

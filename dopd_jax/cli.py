@@ -70,8 +70,9 @@ def _ours_or_serious(record) -> bool:
 
 
 def _sentence(error: BaseException) -> str:
-  text = str(error.args[0] if error.args else error)
-  return ' '.join(text.replace('\\n', ' ').strip('\'"').split())
+  while error.args and isinstance(error.args[0], BaseException):  # errors wrapped in errors
+    error = error.args[0]
+  return ' '.join(str(error.args[0] if error.args else error).split())
 
 
 def _fail(sentence: str) -> NoReturn:
