@@ -305,7 +305,9 @@ def finish(
   progress.update(task, completed=done.step, rate=f'{tokens / max(seconds, 1e-9):,.0f}')
   if done.step % config.log.every == 0 or done.step in (1, config.steps):
     progress.console.print(
-      metrics.line(done.step, config.steps, values, objective.regimes), highlight=False
+      metrics.line(done.step, config.steps, values, objective.regimes),
+      highlight=False,
+      soft_wrap=True,
     )
   return values
 
