@@ -1,12 +1,12 @@
 # On a fresh machine: `make demo` runs the main job, `make test` the tests that are not slow.
-# Each makes the virtual environment once and installs again only when setup.py or constraints.txt change.
+# Each makes the virtual environment once and installs again only when its recipe changes.
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-RECIPE = setup.py constraints.txt
+RECIPE = setup.py constraints.txt Makefile
 
 .PHONY: demo test slow lint assets clean
 
