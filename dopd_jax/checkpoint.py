@@ -1,7 +1,7 @@
 r"""Checkpoints that lose nothing: Orbax writes arrays in the background, a manifest commits them.
 
     checkpoints/00000040/state/         Orbax: the TrainState, on any mesh
-    checkpoints/00000040/run.json       step, data iterator, metrics, fingerprint of the config
+    checkpoints/00000040/run.json       step, position in the data, metrics of that step
     checkpoints/00000040/manifest.json  SHA-256 of every file; written last
 
 A directory without a manifest is an unfinished save and is never read. An older checkpoint is
@@ -49,8 +49,11 @@ class Checkpoints:
     """The step with the best metric, or None."""
     scored = []
     for step in self.steps():
-      value = json.loads((self._path(step) / 'run.json').read_text())['metrics'].get(self._best)
-      if value is not None:
+      try:
+        run = json.loads((self._path(step) / 'run.json').read_text())
+      except (OSError, json.JSONDecodeError):
+        continue  # a damaged checkpoint is no best one; `restore` says what is wrong with it
+      if (value := run['metrics'].get(self._best)) is not None:
         scored.append((self._sign * value, step))
     return max(scored)[1] if scored else None
 
@@ -97,7 +100,13 @@ class Checkpoints:
       UserError: a file is missing or changed since it was saved, or the state is another model's.
     """
     path = self._path(step)
-    manifest = json.loads((path / 'manifest.json').read_text())
+    try:
+      manifest = json.loads((path / 'manifest.json').read_text())
+    except json.JSONDecodeError as error:
+      raise UserError(
+        f'checkpoint {path} is damaged (manifest.json is no JSON): delete that directory to go on '
+        'from the one before'
+      ) from error
     for name, digest in manifest['files'].items():
       file = path / name
       if not file.exists() or _sha256(file) != digest:

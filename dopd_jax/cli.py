@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from dopd_jax import config as configs
 from dopd_jax.errors import Stopped, UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 PACKAGE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'dopd_jax'
 
@@ -62,12 +62,14 @@ def _guarded(main: Callable[[], None]) -> None:
   except Stopped as error:
     print(f'stopped: {error}', file=sys.stderr)
     sys.exit(1)
-  except OSError as error:  # any file, from anywhere: only what a full or closed disk says
+  except (
+    OSError
+  ) as error:  # any file, from anywhere: what a full or closed disk says, and only that
     if error.errno not in FULL:
       raise
     where = error.filename or 'a file of the run'
     _fail(
-      f'{where} cannot be written ({os.strerror(error.errno)}): make room or choose another place, '
+      f'{where} cannot be used ({os.strerror(error.errno)}): make room or choose another place, '
       'then start again; finished checkpoints are kept'
     )
   except KeyboardInterrupt:

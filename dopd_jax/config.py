@@ -7,13 +7,12 @@ value of the wrong type or out of its range is a `UserError` that says what to w
 
 import dataclasses
 import difflib
-import hashlib
 import json
 from typing import Any
 
 import ml_collections
 
-from dopd_jax import objectives
+from dopd_jax import glossary, objectives
 from dopd_jax.errors import UserError
 
 
@@ -146,7 +145,7 @@ class Config:
 
 
 # In an existing workdir these may change: they decide when, not what.
-CADENCE = ('log', 'evaluation', 'checkpoint')
+CADENCE = ('log.', 'evaluation.every', 'checkpoint.every', 'checkpoint.keep')
 
 
 def default(method: str = 'dopd', **changes: Any) -> ml_collections.ConfigDict:
@@ -177,23 +176,15 @@ def to_json(config: Config) -> str:
   return json.dumps(_to_dict(config), indent=2, sort_keys=True)
 
 
-def fingerprint(config: Config) -> str:
-  """A hash of everything that decides the numbers of a run: two runs share it or differ in them."""
-  values = {k: v for k, v in _to_dict(config).items() if k not in CADENCE}
-  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 def differences(old: dict, new: dict, prefix: str = '') -> list[str]:
   """Dotted names of the settings that decide numbers and differ between two configs as dicts."""
   found = []
   for key in sorted(old.keys() | new.keys()):
     name = f'{prefix}{key}'
-    if not prefix and key in CADENCE:
-      continue
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
       found += differences(a, b, f'{name}.')
-    elif a != b:
+    elif a != b and not name.startswith(CADENCE):
       found.append(f'{name} (was {a!r}, is {b!r})')
   return found
 
@@ -264,6 +255,8 @@ def _check(c: Config) -> None:
     'head_tile': (c.head_tile, 1),
     'rollout.prompts': (c.rollout.prompts, 1),
     'rollout.samples': (c.rollout.samples, 1),
+    'rollout.prompts_at_once': (c.rollout.prompts_at_once, 0),
+    'evaluation.records': (c.evaluation.records, 0),
     'rollout.max_new_tokens': (c.rollout.max_new_tokens, 1),
     'data.max_prompt_tokens': (c.data.max_prompt_tokens, 1),
     'data.prompt_bucket': (c.data.prompt_bucket, 1),
@@ -298,9 +291,20 @@ def _check(c: Config) -> None:
       f'rollout.prompts * rollout.samples ({c.rollout.prompts * c.rollout.samples} rows) must be a '
       f'multiple of microbatch ({c.microbatch})'
     )
-  if c.optimizer.warmup_steps > c.steps:
+  if c.optimizer.warmup_steps >= c.steps:
     raise UserError(
-      f'optimizer.warmup_steps ({c.optimizer.warmup_steps}) must not exceed steps ({c.steps})'
+      f'optimizer.warmup_steps ({c.optimizer.warmup_steps}) must be below steps ({c.steps})'
     )
+  if not all(_is_pair(x, str, str) for x in c.data.columns):
+    raise UserError("data.columns must be pairs of names: (('prompt', 'question'), ...)")
+  if not all(_is_pair(x, str, int) for x in c.data.stages):
+    raise UserError("data.stages must be pairs of a source and steps: (('a.jsonl', 100), ...)")
+  if c.checkpoint.best and not glossary.metric(c.checkpoint.best).meaning:
+    raise UserError(unknown('metric in checkpoint.best', c.checkpoint.best, glossary.METRICS))
   if bool(c.data.train) == bool(c.data.stages):
     raise UserError('set either data.train (one source) or data.stages (a curriculum)')
+
+
+def _is_pair(x: Any, first: type, second: type) -> bool:
+  both = isinstance(x, list | tuple) and len(x) == 2
+  return both and type(x[0]) is first and type(x[1]) is second

@@ -1,5 +1,6 @@
 """From what a config says to examples: sources, tasks, chat rendering, length limits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from dopd_jax.data import (
   DEFAULT_TEMPLATE,
   Example,
   Pipeline,
+  Record,
   Renderer,
   make_pipeline,
   open_source,
@@ -48,7 +50,28 @@ def open_pipeline(config: Config, tokenizer: Any, objective: Objective) -> Pipel
     raise UserError(
       f'data.stages last {pipeline.length} steps and steps is {config.steps}: make them equal'
     )
+  records = [example.record for example in pipeline.examples()]
+  if objective.source == 'data':
+    for record in records:
+      if record.completion is None:
+        raise UserError(
+          f'record {record.id}: there is no completion, and {objective.name} trains on it; add '
+          'this column, or name yours in data.columns'
+        )
+  else:
+    check_verifiers(records)
   return pipeline
+
+
+def check_verifiers(records: Sequence[Record]) -> None:
+  """Raises `UserError` for a verifier that does not exist or can't judge, before any step."""
+  tried = set()
+  for record in records:
+    if record.verifier and record.verifier not in tried:
+      tasks.verify(record, '')
+      tried.add(record.verifier)
+    if record.verifier == 'exact' and record.answer is None:
+      raise UserError(f'record {record.id}: the verifier exact needs an answer; add this column')
 
 
 def open_held_out(config: Config, tokenizer: Any) -> list[Example]:
@@ -57,7 +80,7 @@ def open_held_out(config: Config, tokenizer: Any) -> list[Example]:
   if not data.eval:
     return []
   examples = tokenise(
-    open_source(data.eval, privileged=data.privileged, columns=dict(data.columns), loaders=LOADERS),
+    open_source(data.eval, privileged='none', columns=dict(data.columns), loaders=LOADERS),
     renderer(config, tokenizer),
     max_prompt_tokens=data.max_prompt_tokens,
     on_too_long=data.on_too_long,
@@ -68,6 +91,7 @@ def open_held_out(config: Config, tokenizer: Any) -> list[Example]:
       raise UserError(
         f'record {example.record.id} of data.eval names no verifier: accuracy needs one'
       )
+  check_verifiers([example.record for example in examples])
   return examples[: config.evaluation.records or None]
 
 

@@ -10,6 +10,7 @@ arrays over completion tokens, nats), summary.json with both thresholds, and sam
 import dataclasses
 import json
 import os
+import sys
 
 import jax
 import numpy as np
@@ -88,8 +89,8 @@ def read_examples(config: Config, pair: policies.Pair) -> tuple[list[Example], C
   examples = tokenise(
     open_source(config.data.train, loaders=dataset.LOADERS),
     dataset.renderer(config, pair.tokenizer),
-    max_prompt_tokens=room,
-    max_completion_tokens=room,
+    max_prompt_tokens=sys.maxsize,
+    max_completion_tokens=sys.maxsize,
     on_too_long='error',
     name=config.data.train,
   ).examples
@@ -188,16 +189,17 @@ def summarise(regimes, batch, scored, token) -> dict:
 
 def write(out: str, records: list[dict], summary: dict, title: str) -> None:
   """tokens.jsonl, summary.json and samples.html."""
-  with writing(os.path.join(out, 'tokens.jsonl')) as file:
+  thresholds = {name: summary[name] for name in samples.THRESHOLDS}
+  with (  # all three or none
+    writing(os.path.join(out, 'tokens.jsonl')) as tokens,
+    writing(os.path.join(out, 'summary.json')) as facts,
+    writing(os.path.join(out, 'samples.html')) as page,
+  ):
     for record in records:
       line = {'record': record['id'], **{name: record[name] for name in FIELDS}}
-      file.write(json.dumps(line) + '\n')
-  with writing(os.path.join(out, 'summary.json')) as file:
-    json.dump(summary, file, indent=2)
-  thresholds = {name: summary[name] for name in samples.THRESHOLDS}
-  samples.write_samples(
-    records[:64], os.path.join(out, 'samples.html'), thresholds=thresholds, title=title
-  )
+      tokens.write(json.dumps(line) + '\n')
+    json.dump(summary, facts, indent=2)
+    samples.write_samples(records[:64], page.name, thresholds=thresholds, title=title)
 
 
 def table(summary: dict) -> Table:
@@ -241,6 +243,6 @@ if __name__ == '__main__':
   flags.DEFINE_integer('k', 128, 'Tokens in the top-K losses.')
   flags.DEFINE_float('trim', 0.05, 'Share of the largest values that a threshold leaves out.')
   flags.DEFINE_string('scope', 'batch', 'Thresholds over the batch, or over each sequence.')
-  flags.DEFINE_integer('microbatch', 8, 'Records a forward pass and device.')
+  flags.DEFINE_integer('microbatch', 8, 'Records a forward pass and device.', lower_bound=1)
   flags.DEFINE_integer('seed', 0, 'Of sampled completions.')
   cli.run(main)

@@ -70,18 +70,16 @@ class Judge:
   pad_id: int
   seed: int = 0
 
-  def accuracy(
-    self, name: str, generate: Any, params: Any, progress: Progress, context: str = 'plain'
-  ) -> dict[str, float]:
+  def accuracy(self, name: str, generate: Any, params: Any, progress: Progress) -> dict[str, float]:
     """`{name}`, `{name}_low`, `{name}_high` (95 % Wilson), and seconds; {} for no data."""
     if not self.examples:
       return {}
     start, right = time.time(), 0.0
-    task = progress.add_task(f'{name} ({context})', total=len(self.examples), rate='')
+    task = progress.add_task(name, total=len(self.examples), rate='')
     key = jax.random.key(self.seed)
     for i in range(0, len(self.examples), self.rows):
       chunk = self.examples[i : i + self.rows]
-      prompt = collate.prompts(chunk, [context], self.bucket, self.pad_id, self.rows)[context]
+      prompt = collate.prompts(chunk, ['plain'], self.bucket, self.pad_id, self.rows)['plain']
       index = np.resize(np.array([e.index for e in chunk], np.uint32), self.rows)
       # Every process holds the whole chunk and hands in its own rows.
       share = self.rows // jax.process_count()

@@ -42,7 +42,7 @@ def export(workdir: str, out: str, which: str = 'last') -> int:
   step = named[which] if which in named else int(which) if which.isdigit() else None
   if step not in steps:
     raise UserError(f'--step={which} is none of last, best or the saved steps {steps}')
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  mesh = sharding.make_mesh(1, -1, 1)  # whatever devices are here: Orbax reads onto any mesh
   pair = policies.load_pair(config, mesh, need_teacher=False)
   objective = config.objective.build()
   tx = states.optimizer(config.optimizer, config.steps)

@@ -9,6 +9,7 @@ Every line of the output repeats `id` and `prompt` and adds `sample`, `completio
 """
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -47,7 +48,7 @@ def generate(
   examples = tokenise(
     open_source(data, privileged='none', loaders=dataset.LOADERS),
     dataset.renderer(config, pair.tokenizer),
-    max_prompt_tokens=room,
+    max_prompt_tokens=sys.maxsize,
     on_too_long='error',
     name=data,
   ).examples
@@ -119,5 +120,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer('max_new_tokens', 256, 'Longest completion, tokens.')
   flags.DEFINE_integer('num_samples', 1, 'Completions a prompt.')
   flags.DEFINE_integer('seed', 0, 'Of the draws.')
-  flags.DEFINE_integer('batch', 32, 'Prompts at once.')
+  flags.DEFINE_integer('batch', 32, 'Prompts at once.', lower_bound=1)
   cli.run(main)

@@ -33,7 +33,7 @@ def optimizer(cfg: Optimizer, steps: int) -> optax.GradientTransformation:
 
 
 def learning_rate(cfg: Optimizer, steps: int) -> optax.Schedule:
-  """Full rate at update `warmup_steps`, `final_share` of it at update `steps`."""
+  """Rate by updates done: 0 before the first, full after the warm-up, `final_share` after all."""
   decay = optax.cosine_decay_schedule(
     cfg.learning_rate, max(steps - cfg.warmup_steps, 1), alpha=cfg.final_share
   )

@@ -72,7 +72,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
   objective = config.objective.build()
 
   # ------------------------------------------------------------------ workdir
-  workdirs.claim(workdir, config)
+  workdirs.check(workdir, config)
   saves = checkpoint.Checkpoints(
     os.path.join(workdir, 'checkpoints'),
     config.checkpoint.keep,
@@ -107,8 +107,9 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
       done = saves.steps()[-1]
       state, run = saves.restore(done, states.abstract(state))
       pipeline.set_state(run['data'])
-      last = run['metrics']
+      last = run['accuracy']
       logging.info('Going on from step %d of %d.', done, config.steps)
+    workdirs.claim(workdir, config)
     writer = metrics.Writer(workdir, done, config.log.tensorboard)
     stack.callback(writer.close)
     stop = stack.enter_context(workdirs.stop_signal())
@@ -132,9 +133,9 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
         writer.write(pending.step, finish(config, objective, pair, pending, clock, progress, task))
       pending = InFlight(step, examples, rollout, batch, scored._replace(hidden={}), updated)
 
-      end = step == config.steps
+      end, stopping = step == config.steps, stop.is_set()
       look = end or bool(config.evaluation.every and step % config.evaluation.every == 0)
-      save = end or stop.is_set() or step % config.checkpoint.every == 0
+      save = end or stopping or step % config.checkpoint.every == 0
       if look or save:
         values = finish(config, objective, pair, pending, clock, progress, task)
         if look:
@@ -145,10 +146,11 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
         if end:
           page = show(pair, objective, pending, config.log.samples)
         pending = None
-      if save:
-        saves.save(step, state, {'data': pipeline.get_state(), 'metrics': last})
+        if save:
+          run = {'data': pipeline.get_state(), 'metrics': values, 'accuracy': last}
+          saves.save(step, state, run)
       saves.check()
-      if stop.is_set() and not end:
+      if stopping and not end:
         saves.wait()
         logging.info('Stopped by a signal; step %d is saved, the same command goes on.', step)
         return last

@@ -20,29 +20,37 @@ from dopd_jax.config import Config
 from dopd_jax.errors import UserError
 
 
-def claim(workdir: str, config: Config) -> None:
-  """Makes the workdir and writes `config.json` into it, or checks that it is this config's.
+def check(workdir: str, config: Config) -> None:
+  """Raises `UserError` if the workdir is the run of another config. Writes nothing.
 
-  Only logging, evaluation and checkpoint cadence may differ from the run that began there.
-
-  Raises:
-    UserError: the workdir belongs to another config, or can't be written.
+  Only logging and the cadence of evaluation and checkpoints may differ from the run that began
+  there.
   """
   path = os.path.join(workdir, 'config.json')
-  new = json.loads(configs.to_json(config))
-  if os.path.exists(path):
-    try:
-      with open(path) as file:
-        old = json.load(file)['config']
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-      raise UserError(f'{path} is not the config of a run: choose another workdir') from error
-    if changed := configs.differences(old, new):
-      raise UserError(
-        f'workdir {workdir} belongs to another config, which differs in {"; ".join(changed[:5])}: '
-        'choose another workdir, or the settings that it began with'
-      )
+  if not os.path.exists(path):
+    return
+  try:
+    with open(path) as file:
+      old = json.load(file)['config']
+  except (json.JSONDecodeError, KeyError, TypeError) as error:
+    raise UserError(f'{path} is not the config of a run: choose another workdir') from error
+  if changed := configs.differences(old, json.loads(configs.to_json(config))):
+    raise UserError(
+      f'workdir {workdir} belongs to another config, which differs in {"; ".join(changed[:5])}: '
+      'choose another workdir, or the settings that it began with'
+    )
+
+
+def claim(workdir: str, config: Config) -> None:
+  """Makes the workdir and writes `config.json` into it, once everything else is known to be right.
+
+  Raises:
+    UserError: it can't be written.
+  """
   if jax.process_index():
     return
+  path = os.path.join(workdir, 'config.json')
+  new = json.loads(configs.to_json(config))
   try:
     os.makedirs(workdir, exist_ok=True)
     about = {'config': new, 'versions': _versions(), 'device': jax.devices()[0].device_kind}

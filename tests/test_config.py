@@ -63,7 +63,11 @@ def valid():
     ({'objective.k': 0}, 'objective.k must be at least 1'),
     ({'microbatch': 7}, 'multiple of microbatch'),
     ({'rollout.prompts_at_once': 100}, 'multiple of rollout.prompts_at_once'),
-    ({'optimizer.warmup_steps': 300}, 'must not exceed steps'),
+    ({'optimizer.warmup_steps': 200}, 'must be below steps'),
+    ({'data.columns': ('prompt', 'question')}, 'must be pairs of names'),
+    ({'data.train': '', 'data.stages': (('a.jsonl', '5'),)}, 'pairs of a source and steps'),
+    ({'rollout.prompts_at_once': -1}, 'at least 0'),
+    ({'checkpoint.best': 'eval/acuracy'}, "did you mean 'eval/accuracy'"),
     ({'data.privileged': 'some'}, 'data.privileged must be one of'),
     ({'data.train': ''}, 'set either data.train'),
     ({'objective.name': 'dodp'}, "did you mean 'dopd'"),
@@ -103,7 +107,11 @@ def test_only_cadence_may_change():
   b['log']['every'] = b['checkpoint']['every'] = b['evaluation']['every'] = 77
   assert configs.differences(a, b) == []
   b['optimizer']['learning_rate'] = 1.0
-  assert configs.differences(a, b) == ['optimizer.learning_rate (was 5e-06, is 1.0)']
+  b['evaluation']['temperature'] = 1.0  # changes what accuracy means
+  assert configs.differences(a, b) == [
+    'evaluation.temperature (was 0.0, is 1.0)',
+    'optimizer.learning_rate (was 5e-06, is 1.0)',
+  ]
 
 
 def test_config_arguments():

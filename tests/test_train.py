@@ -181,7 +181,7 @@ def test_mistakes_before_the_first_step(tmp_path):
   ):
     with pytest.raises(UserError, match=sentence):
       run(tmp_path / 'run', **changes)
-    shutil.rmtree(tmp_path / 'run', ignore_errors=True)
+    assert not (tmp_path / 'run').exists()  # a corrected command must not meet a stranger's workdir
 
 
 def test_frozen_self_is_the_given_student(tmp_path):
@@ -196,3 +196,35 @@ def test_frozen_self_is_the_given_student(tmp_path):
   saved = ocp.load(tmp_path / 'checkpoints' / f'{saves.steps()[-1]:08d}' / 'state')
   np.testing.assert_array_equal(saved['frozen']['embedding'], given['embedding'])
   assert np.abs(saved['params']['embedding'] - given['embedding']).max() > 0
+
+
+def test_supervised_training_needs_completions(tmp_path):
+  data = tmp_path / 'bare.jsonl'
+  data.write_text('{"prompt": "a = 5 ? a"}\n')
+  with pytest.raises(UserError, match='there is no completion, and sft trains on it'):
+    run(tmp_path / 'run', 'sft', data__train=str(data))
+
+
+@pytest.mark.parametrize(
+  'record, sentence',
+  [({'verifier': 'exactly'}, 'no verifier'), ({'verifier': 'exact'}, 'exact needs an answer')],
+)
+def test_a_verifier_that_cannot_judge_is_found_before_the_first_step(tmp_path, record, sentence):
+  record = {'prompt': 'a = 5 ? a', 'privileged_context': 'a', **record}
+  (tmp_path / 'data.jsonl').write_text(json.dumps(record) + '\n')
+  for name in ('data__train', 'data__eval'):
+    with pytest.raises(UserError, match=sentence):
+      run(tmp_path / 'run', **{name: str(tmp_path / 'data.jsonl')})
+  assert not (tmp_path / 'run').exists()
+
+
+def test_the_best_checkpoint_is_one_that_was_measured(tmp_path):
+  run(tmp_path, steps=4, checkpoint__every=1, checkpoint__keep=4, evaluation__every=2)
+  saves = checkpoint.Checkpoints(str(tmp_path / 'checkpoints'), 4, 'eval/accuracy')
+  named = {
+    step: 'eval/accuracy'
+    in json.loads((tmp_path / 'checkpoints' / f'{step:08d}' / 'run.json').read_text())['metrics']
+    for step in saves.steps()
+  }
+  assert named == {1: False, 2: True, 3: False, 4: True}
+  assert saves.best_step() == 4

@@ -111,7 +111,7 @@ def tokenise(
       continue
     name_of_part, length, limit = long
     if on_too_long == 'error':
-      key = 'data.max_completion_tokens' if long is lengths[2] else 'data.max_prompt_tokens'
+      key = 'rollout.max_new_tokens' if long is lengths[2] else 'data.max_prompt_tokens'
       part = 'privileged prompt' if long is lengths[1] else name_of_part
       raise UserError(
         f'Record {record.id}: the {part} has {length} tokens and {key} is {limit}; '
@@ -127,7 +127,7 @@ def tokenise(
     raise UserError(
       f'All {len(records)} records of {name} are too long (prompt {dropped.prompt}, '
       f'privileged prompt {dropped.privileged}, completion {dropped.completion}): '
-      'raise data.max_prompt_tokens or data.max_completion_tokens.'
+      'raise data.max_prompt_tokens or rollout.max_new_tokens.'
     )
   if dropped.total:
     logging.warning('Dropped %d of %d records of %s as too long: %s.',
@@ -201,10 +201,10 @@ class Pipeline(Iterator[list[Example]]):
     sources = {id(data): data.dropped for data, _ in self._stages}.values()
     return Dropped(*(sum(counts) for counts in zip(*sources)))
 
-  def stage_of(self, batch: int) -> int | None:
-    """The stage that the batch of this number (from 0) belongs to; None past the end."""
-    located = self._locate(batch)
-    return located[0] if located else None
+  def examples(self) -> Iterator[Example]:
+    """Every example of every source once."""
+    for data in {id(data): data for data, _ in self._stages}.values():
+      yield from data.examples
 
   def __next__(self) -> list[Example]:
     located = self._locate(self._taken)

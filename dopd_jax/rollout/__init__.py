@@ -10,7 +10,7 @@ temperature. An engine that only knows `behaviour_logp` repeats it as `logp`: th
 `logp` anyway and reports the difference.
 """
 
-from dopd_jax.rollout.batching import bucket_length, pad_prompts
+from dopd_jax.rollout.batching import bucket_length
 from dopd_jax.rollout.generation_config import sampling_notes, stop_ids_from, stop_ids_warning
 from dopd_jax.rollout.sampler import make_sampler
 from dopd_jax.rollout.types import Engine, Rollout, Sampling, StopReason
@@ -22,7 +22,6 @@ __all__ = [
   'StopReason',
   'bucket_length',
   'make_sampler',
-  'pad_prompts',
   'sampling_notes',
   'stop_ids_from',
   'stop_ids_warning',

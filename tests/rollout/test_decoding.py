@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dopd_jax.models import build, load
-from dopd_jax.rollout import Sampling, StopReason, make_sampler, pad_prompts, sampler
+from dopd_jax.rollout import Sampling, StopReason, make_sampler, sampler
 from tests.models import tiny
 from tests.rollout import toy
 
@@ -40,7 +40,7 @@ def test_greedy_ids_are_those_of_transformers(kind, tmp_path):
   peer = tiny.torch_model(kind)
   peer.save_pretrained(tmp_path)
   config, params = load(tmp_path)
-  tokens, valid = pad_prompts(prompts(LENGTHS), 16, pad_id=0)
+  tokens, valid = toy.pad_prompts(prompts(LENGTHS), 16, pad_id=0)
   N = 20
 
   def theirs(stop_ids):
@@ -97,7 +97,7 @@ def recompute(model, params, rows, completions, temperature):
 def test_logp_is_what_the_trainer_recomputes(kind, settings):
   model, params = tiny.model(kind)
   rows = prompts(LENGTHS)
-  tokens, valid = pad_prompts(rows, 16, pad_id=0)
+  tokens, valid = toy.pad_prompts(rows, 16, pad_id=0)
   sampling = Sampling(max_new_tokens=20, num_samples=3, **settings)
   rollout = run(model, params, tokens, valid, sampling, stop_ids=range(6))
   lengths = np.asarray(rollout.mask.sum(axis=1))
@@ -133,7 +133,7 @@ def test_padding_side_and_bucket_do_not_matter():
 
 def test_completions_of_one_prefill_are_those_of_separate_rows():
   model, params = tiny.model()
-  tokens, valid = pad_prompts(prompts([7, 3, 5]), 8, pad_id=0)
+  tokens, valid = toy.pad_prompts(prompts([7, 3, 5]), 8, pad_id=0)
   sampling = Sampling(max_new_tokens=12, num_samples=4)
   together = run(model, params, tokens, valid, sampling)
   # One prompt alone, and the first sample of each alone.
@@ -161,7 +161,7 @@ def test_prompts_are_read_once():
     shapes.append(tokens.shape)
     return model.forward(params, tokens, valid, **kwargs)
 
-  tokens, valid = pad_prompts(prompts([7, 3]), 8, pad_id=0)
+  tokens, valid = toy.pad_prompts(prompts([7, 3]), 8, pad_id=0)
   run(
     model._replace(forward=forward),
     params,
@@ -174,7 +174,7 @@ def test_prompts_are_read_once():
 
 def test_a_growing_cache_changes_nothing(monkeypatch):
   model, params = tiny.model()
-  tokens, valid = pad_prompts(prompts([7, 3]), 8, pad_id=0)
+  tokens, valid = toy.pad_prompts(prompts([7, 3]), 8, pad_id=0)
   sampling = Sampling(max_new_tokens=40, num_samples=2)
   assert sampler._cache_lengths(8, 40) == [47]
   whole = run(model, params, tokens, valid, sampling)
@@ -199,10 +199,10 @@ def test_one_compilation_a_bucket():
     make_sampler(model, Sampling(max_new_tokens=4), stop_ids=[3], pad_id=0, live_vocab=V)
   )
   for n, length in enumerate([17, 18, 19, 32, 1]):
-    tokens, valid = pad_prompts(prompts([length, 2]), [32, 64], pad_id=0)
+    tokens, valid = toy.pad_prompts(prompts([length, 2]), 32, pad_id=0)
     sample(params, tokens, valid, jax.random.key(n), np.arange(2) + n)
   assert sample._cache_size() == 1
-  tokens, valid = pad_prompts(prompts([33, 2]), [32, 64], pad_id=0)
+  tokens, valid = toy.pad_prompts(prompts([33, 2]), 32, pad_id=0)
   sample(params, tokens, valid, jax.random.key(0), np.arange(2))
   assert sample._cache_size() == 2
 
@@ -210,7 +210,7 @@ def test_one_compilation_a_bucket():
 def test_cache_is_updated_in_place():
   # Each step may write a token's worth of the cache: no copy of all of it in the body of a loop.
   model, params = tiny.model()
-  tokens, valid = pad_prompts(prompts([7, 3]), 8, pad_id=0)
+  tokens, valid = toy.pad_prompts(prompts([7, 3]), 8, pad_id=0)
   sample = make_sampler(model, Sampling(max_new_tokens=40), stop_ids=[3], pad_id=0, live_vocab=V)
   text = (
     jax.jit(sample)
@@ -235,6 +235,6 @@ def test_bfloat16_decoder_and_strict_promotion():
       rollout = run(toy.markov(), table, tokens, tokens == 0, sampling, stop_ids=[3])
       assert rollout.logp.dtype == rollout.behaviour_logp.dtype == jnp.float32
   model, params = tiny.model(dtype=jnp.bfloat16)
-  tokens, valid = pad_prompts(prompts(LENGTHS), 16, pad_id=0)
+  tokens, valid = toy.pad_prompts(prompts(LENGTHS), 16, pad_id=0)
   rollout = run(model, params, tokens, valid, Sampling(max_new_tokens=8))
   assert rollout.logp.dtype == jnp.float32 and np.isfinite(rollout.logp).all()

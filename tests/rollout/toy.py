@@ -54,3 +54,14 @@ def script(rows, V):
     for before, after in zip([own, *row], row):
       table[before, after] = 0
   return markov(), jnp.asarray(table), jnp.asarray(prompts, jnp.int32)
+
+
+def pad_prompts(prompts, bucket, pad_id):
+  """Prompts padded on the left to a multiple of the bucket: tokens [b, P] and valid [b, P]."""
+  P = -(-max(map(len, prompts)) // bucket) * bucket
+  tokens = np.full((len(prompts), P), pad_id, np.int32)
+  valid = np.zeros((len(prompts), P), bool)
+  for row, prompt in enumerate(prompts):
+    tokens[row, P - len(prompt) :] = prompt
+    valid[row, P - len(prompt) :] = True
+  return tokens, valid
