@@ -10,6 +10,7 @@ deleted only after a newer one has its manifest, so a kill at any moment leaves 
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +34,9 @@ class Checkpoints:
   """
 
   def __init__(self, directory: str, keep: int = 2, best: str = '', lower_is_better: bool = False):
-    self._root = epath.Path(directory)
+    # Orbax takes absolute paths only; an address of a bucket is one already.
+    local = '://' not in directory
+    self._root = epath.Path(os.path.abspath(directory) if local else directory)
     self._keep, self._best, self._sign = keep, best, -1 if lower_is_better else 1
     self._thread: threading.Thread | None = None
     self._error: Exception | None = None

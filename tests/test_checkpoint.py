@@ -117,3 +117,11 @@ def test_a_failed_save_is_told_and_loses_nothing(tmp_path, monkeypatch):
   assert saves.steps() == [1]
   got, _ = saves.restore(1, like(state()))
   assert got['step'] == 1
+
+
+def test_a_relative_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  saves = checkpoint.Checkpoints('runs/checkpoints')
+  save(saves, 1)
+  got, _ = saves.restore(1, like(state()))
+  assert got['step'] == 1 and (tmp_path / 'runs' / 'checkpoints' / '00000001').exists()
