@@ -62,10 +62,8 @@ def _guarded(main: Callable[[], None]) -> None:
   except Stopped as error:
     print(f'stopped: {error}', file=sys.stderr)
     sys.exit(1)
-  except (
-    OSError
-  ) as error:  # any file, from anywhere: what a full or closed disk says, and only that
-    if error.errno not in FULL:
+  except OSError as error:
+    if error.errno not in FULL:  # a file of anybody, but only what a full or closed disk says
       raise
     where = error.filename or 'a file of the run'
     _fail(

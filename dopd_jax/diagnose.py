@@ -219,9 +219,6 @@ def table(summary: dict) -> Table:
 
 def main() -> None:
   """The command."""
-  for name in ('teacher', 'student', 'data', 'out'):
-    if not getattr(FLAGS, name):
-      raise UserError(f'--{name} is missing')
   config = Config(
     objective=Dopd(k=FLAGS.k, trim=FLAGS.trim, scope=FLAGS.scope),
     student=Policy(path=FLAGS.student),
@@ -245,4 +242,5 @@ if __name__ == '__main__':
   flags.DEFINE_string('scope', 'batch', 'Thresholds over the batch, or over each sequence.')
   flags.DEFINE_integer('microbatch', 8, 'Records a forward pass and device.', lower_bound=1)
   flags.DEFINE_integer('seed', 0, 'Of sampled completions.')
+  flags.mark_flags_as_required(['teacher', 'student', 'data', 'out'])
   cli.run(main)

@@ -56,9 +56,6 @@ def export(workdir: str, out: str, which: str = 'last') -> int:
 
 def main() -> None:
   """The command."""
-  for name in ('workdir', 'out'):
-    if not getattr(FLAGS, name):
-      raise UserError(f'--{name} is missing')
   export(FLAGS.workdir, FLAGS.out, FLAGS.step)
 
 
@@ -66,4 +63,5 @@ if __name__ == '__main__':
   flags.DEFINE_string('workdir', None, 'The run to export from.')
   flags.DEFINE_string('out', None, 'The directory to write.')
   flags.DEFINE_string('step', 'last', 'last, best, or a saved step.')
+  flags.mark_flags_as_required(['workdir', 'out'])
   cli.run(main)

@@ -95,9 +95,6 @@ def generate(
 
 def main() -> None:
   """The command."""
-  for name in ('model', 'data', 'out'):
-    if not getattr(FLAGS, name):
-      raise UserError(f'--{name} is missing')
   sampling = Sampling(
     max_new_tokens=FLAGS.max_new_tokens,
     num_samples=FLAGS.num_samples,
@@ -121,4 +118,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer('num_samples', 1, 'Completions a prompt.')
   flags.DEFINE_integer('seed', 0, 'Of the draws.')
   flags.DEFINE_integer('batch', 32, 'Prompts at once.', lower_bound=1)
+  flags.mark_flags_as_required(['model', 'data', 'out'])
   cli.run(main)

@@ -97,7 +97,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     state = states.place(states.create(pair.student.params, tx, objective), mesh)
     teacher_params = pair.teacher.params if pair.teacher else None
     pair = pair._replace(student=pair.student._replace(params=None))  # the state owns them now
-    steps = compile_steps(config, pair, objective, tx, state, mesh)
+    steps = compile_steps(config, pair, objective, tx, state)
     roll = make_roll(config, pair, objective, mesh)
     judge = make_judge(config, pair, held_out, mesh)
 
@@ -132,6 +132,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
       if pending is not None:  # one step late: the devices are already at the next one
         writer.write(pending.step, finish(config, objective, pair, pending, clock, progress, task))
       pending = InFlight(step, examples, rollout, batch, scored._replace(hidden={}), updated)
+      del scored  # hidden states, which would lie beside the cache of the next rollout
 
       end, stopping = step == config.steps, stop.is_set()
       look = end or bool(config.evaluation.every and step % config.evaluation.every == 0)
@@ -162,10 +163,8 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
   return last
 
 
-def compile_steps(
-  config: Config, pair: Pair, objective: Objective, tx: Any, state: Any, mesh: Any
-) -> Steps:
-  """`score` and `update` jitted with shardings; `update` takes over the memory of the state."""
+def compile_steps(config: Config, pair: Pair, objective: Objective, tx: Any, state: Any) -> Steps:
+  """`score` and `update` jitted; the new state takes the memory and the shardings of the old."""
   steps = make_steps(
     pair.student.model,
     pair.teacher.model if pair.teacher else None,
@@ -179,7 +178,6 @@ def compile_steps(
   return steps._replace(
     score=jax.jit(steps.score),
     update=jax.jit(steps.update, donate_argnums=0, out_shardings=(where, None)),
-    measure=jax.jit(steps.measure),
   )
 
 

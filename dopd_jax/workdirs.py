@@ -106,10 +106,10 @@ def stop_signal() -> Iterator[threading.Event]:
 
 def write_pages(workdir: str, console: Console, page: Sequence[dict], method: str) -> None:
   """The table at the end, report.png, and samples.html if there is something to show."""
-  rows = report.read_metrics(os.path.join(workdir, 'metrics.jsonl'))
+  source = os.path.join(workdir, 'metrics.jsonl')
+  rows = report.read_metrics(source)
   console.print(report.summary_table(rows, title=f'{method}: {workdir}'))
-  written = [report.write_report(os.path.join(workdir, 'metrics.jsonl'),
-                                 os.path.join(workdir, 'report.png'), title=method)]  # fmt: skip
+  written = [report.write_report(source, os.path.join(workdir, 'report.png'), title=method)]
   if page:
     last = rows[-1]
     thresholds = {

@@ -193,7 +193,7 @@ def test_mistakes_exit_with_2_and_one_sentence(tmp_path):
     (*look, f'--data={empty}'): 'empty',
     (*look, f'--data={bare}'): 'privileged_context',
     (*look[:2], f'--teacher={student}', look[3], f'--data={good}'): 'same parameters',
-    look: '--data is missing',
+    look: '--data must have a value',
     ('generate', f'--model={tmp_path / "none"}', f'--data={good}', f'--out={out}'): 'none',
     ('export', f'--workdir={tmp_path}', f'--out={out}'): 'no run',
   }.items():

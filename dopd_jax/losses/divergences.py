@@ -118,7 +118,7 @@ def js_divergence(
 
 
 def generalised_js(
-  student_logp: Float[Array, '... V'], source_logp: Float[Array, '... V'], weight: float
+  student_logp: Float[Array, '... V'], source_logp: Float[Array, '... V'], weight: float = 0.5
 ) -> Float[Array, '...']:
   r"""Generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649), `weight` = b on the source.
 
@@ -132,7 +132,7 @@ def generalised_js(
   Args:
     student_logp: normalised log-probabilities `log p` of the student, nats.
     source_logp: the same of the source, `log q`; treated as a constant.
-    weight: b, a Python number in [0, 1].
+    weight: b, a Python number in [0, 1]; 1/2 by default.
 
   Returns:
     One divergence a position, nats, unreduced and unmasked. Gradient in `student_logp` for

@@ -111,8 +111,7 @@ def make_records(
     modulus: of the arithmetic, 3 to 10. Tiny models learn a prime one faster: modulo 10 they know
       the values modulo 5 long before they know which are even.
     zipf: exponent of the law by which functions are drawn; 0 is uniform. A student that learnt from
-      a steep law lacks the rare functions, and can gain them from a teacher that learnt from a flat
-      one.
+      a steep law lacks the rare functions, and can gain them from a teacher of a flat one.
     corrupt: probability that a completion holds one student-like error, a wrong value or a wrong
       variable, and goes on sensibly: from the value as stated, or back on the route. The column
       `completion_mask` is 0 on the words in error, so that nobody is trained to make them.
