@@ -5,7 +5,7 @@ import logging as stdlib_logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from dopd_jax import config as configs
 from dopd_jax.errors import Stopped, UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 PACKAGE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'dopd_jax'
 
@@ -42,10 +42,10 @@ def _parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
       raise UserError(f'unexpected argument {rest[1]!r}: settings are given as --flag=value')
     return rest
-  except flags.Error as error:
-    _fail(_sentence(error))
-  except UserError as error:
-    _fail(str(error))
+  except (UserError, flags.Error) as error:
+    # What a config file raised comes back wrapped, with its traceback folded into the message.
+    ours = [e for e in _chain(error) if isinstance(e, UserError)]
+    _fail(_sentence(ours[-1] if ours else error))
   except (AttributeError, KeyError, TypeError) as error:  # how config_flags reports a bad override
     _fail(f'bad --config override: {_sentence(error)}')
 
@@ -58,25 +58,42 @@ def _guarded(main: Callable[[], None]) -> None:
   try:
     main()
   except UserError as error:
-    _fail(str(error))
+    _fail(str(error), disk=any(_is_disk(e) for e in _chain(error)))
   except Stopped as error:
     print(f'stopped: {error}', file=sys.stderr)
     sys.exit(1)
   except OSError as error:
-    if error.errno not in FULL:  # a file of anybody, but only what a full or closed disk says
+    if not _is_disk(error):  # a file of anybody, but only what a full or closed disk says
       raise
     where = error.filename or 'a file of the run'
     _fail(
-      f'{where} cannot be used ({os.strerror(error.errno)}): make room or choose another place, '
-      'then start again; finished checkpoints are kept'
+      f'{where} cannot be used ({error.strerror}): make room or choose another place, then start '
+      'again; finished checkpoints are kept',
+      disk=True,
     )
   except KeyboardInterrupt:
     sys.exit(130)
 
 
 def _ours_or_serious(record) -> bool:
-  """Libraries' INFO lines are not the user's."""
-  return record.levelno >= stdlib_logging.WARNING or str(PACKAGE) in record.pathname
+  """Libraries' INFO lines are not the user's, nor is a trace of what Orbax also raises to us."""
+  if str(PACKAGE) in record.pathname:
+    return True
+  told_twice = record.exc_info and 'orbax' in record.pathname
+  return record.levelno >= stdlib_logging.WARNING and not told_twice
+
+
+def _is_disk(error: BaseException) -> bool:
+  """Whether a full or closed disk is behind an error; TensorStore says so in words only."""
+  code = error.errno if isinstance(error, OSError) else None
+  return code in DISK or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+  """An error and all that it was raised from."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
 
 
 def _sentence(error: BaseException) -> str:
@@ -85,6 +102,9 @@ def _sentence(error: BaseException) -> str:
   return ' '.join(str(error.args[0] if error.args else error).split())
 
 
-def _fail(sentence: str) -> NoReturn:
-  print(f'error: {sentence}', file=sys.stderr)
+def _fail(sentence: str, disk: bool = False) -> NoReturn:
+  print(f'error: {sentence}', file=sys.stderr, flush=True)
+  if disk:  # exit handlers of libraries would only fail on the same disk, with tracebacks
+    sys.stdout.flush()
+    os._exit(2)
   sys.exit(2)

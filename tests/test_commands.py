@@ -187,6 +187,8 @@ def test_mistakes_exit_with_2_and_one_sentence(tmp_path):
     ('train', config, '--config.steps=x'): 'steps',
     ('train', config, '--wrkdir=x'): 'workdir',
     ('train', '--config=nowhere.py'): 'nowhere.py',
+    ('train', '--config=configs/llm.py:teacher=9b'): 'error: no such pair',
+    ('train', '--config=configs/quickstart.py:metod=opd'): "did you mean 'method'",
     ('train', config, f'--workdir={good}/x'): 'workdir',
     ('sft', config): 'dopd_jax.train',
     (*look, f'--data={broken}'): 'line 6',
