@@ -1,0 +1,43 @@
+"""What the README says exists and runs."""
+
+import json
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+
+import dopd_jax
+from dopd_jax import data, tasks
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+
+
+def test_the_repositorys_address_is_the_constant():
+  addresses = re.findall(r'https://github\.com/[\w./-]+', README)
+  assert addresses and set(addresses) == {dopd_jax.REPOSITORY}
+
+
+def test_commands_configs_and_links_exist():
+  for name in re.findall(r'python -m dopd_jax\.(\w+)', README):
+    assert (ROOT / 'dopd_jax' / f'{name}.py').exists(), name
+  paths = re.findall(r'(?:configs|docs|experiments|tests|dopd_jax)/[\w/.-]+\w', README)
+  for path in {*paths, *re.findall(r'\]\(([\w/.-]+)\)', README)}:
+    assert (ROOT / path).exists(), path
+
+
+def test_the_library_snippet_runs():
+  (snippet,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+  z = np.random.default_rng(0).normal(size=(3, 2, 4, 200)).astype(np.float32)
+  names = dict(zip(('student', 'privileged_student', 'privileged_teacher'), map(jnp.asarray, z)))
+  names |= {'tokens': jnp.zeros((2, 4), jnp.int32), 'mask': jnp.ones((2, 4), bool)}
+  exec(snippet, names)
+  assert names['loss'] > 0 and names['grad'].shape == (2, 4, 200)
+
+
+def test_the_example_record_is_one():
+  (line,) = re.findall(r'```json\n(.*?)\n```', README, re.DOTALL)
+  record = data.parse_record(json.loads(line), 'README', default_id='x')
+  assert tasks.verify(record, 'The answer is 27') == 1.0
+  assert tasks.verify(record, 'The answer is 28') == 0.0
