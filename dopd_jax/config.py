@@ -129,6 +129,8 @@ class Config:
   objective: Any = dataclasses.field(default_factory=objectives.Dopd)
   student: Policy = Policy()
   teacher: Policy = Policy()
+  teachers: tuple = ()  # (('math', path), ...) instead: a record's column `teacher` names one
+  reference: Policy = Policy()  # a second model, for objectives that extrapolate from one
   tokenizer: str = ''  # '' is the student's; `task:plan_execute` builds the task's
   data: Data = Data()
   rollout: Rollout = Rollout()
@@ -166,9 +168,20 @@ def validate(cfg: ml_collections.ConfigDict) -> Config:
   if method not in objectives.METHODS:
     raise UserError(unknown('objective.name', method, objectives.METHODS))
   config = _from_dict(Config(objective=objectives.METHODS[method]()), values, '')
-  config.objective.build()
   _check(config)
   return config
+
+
+def rows_of_batches(c: Config, objective: objectives.Objective) -> list[int]:
+  """The numbers of rows that the run's batches can have."""
+  sampled, fixed = c.rollout.prompts * c.rollout.samples, c.rollout.prompts
+  by_source = {'student': [sampled], 'data': [fixed], 'mixed': [sampled, fixed]}
+  return by_source[objective.source]
+
+
+def micro_batches(rows: int, microbatch: int) -> int:
+  """How many equal passes `rows` take, each of at most `microbatch`."""
+  return -(-rows // microbatch)
 
 
 def to_json(config: Config) -> str:
@@ -286,11 +299,7 @@ def _check(c: Config) -> None:
       f'rollout.prompts ({c.rollout.prompts}) must be a multiple of rollout.prompts_at_once '
       f'({c.rollout.prompts_at_once})'
     )
-  if (c.rollout.prompts * c.rollout.samples) % c.microbatch:
-    raise UserError(
-      f'rollout.prompts * rollout.samples ({c.rollout.prompts * c.rollout.samples} rows) must be a '
-      f'multiple of microbatch ({c.microbatch})'
-    )
+  _check_objective(c)
   if c.optimizer.warmup_steps >= c.steps:
     raise UserError(
       f'optimizer.warmup_steps ({c.optimizer.warmup_steps}) must be below steps ({c.steps})'
@@ -299,10 +308,41 @@ def _check(c: Config) -> None:
     raise UserError("data.columns must be pairs of names: (('prompt', 'question'), ...)")
   if not all(_is_pair(x, str, int) for x in c.data.stages):
     raise UserError("data.stages must be pairs of a source and steps: (('a.jsonl', 100), ...)")
+  names = [x[0] for x in c.teachers if _is_pair(x, str, str)]
+  if len(names) != len(c.teachers) or len(set(names)) != len(names) or not all(names):
+    raise UserError(
+      "teachers must be pairs of a name of its own and a path: (('math', 'DIR'), ...)"
+    )
   if c.checkpoint.best and not glossary.metric(c.checkpoint.best).meaning:
     raise UserError(unknown('metric in checkpoint.best', c.checkpoint.best, glossary.METRICS))
   if bool(c.data.train) == bool(c.data.stages):
     raise UserError('set either data.train (one source) or data.stages (a curriculum)')
+
+
+def _check_objective(c: Config) -> None:
+  objective = c.objective.build()
+  name, samples = objective.name, c.rollout.samples
+  if samples < objective.least_samples:
+    raise UserError(
+      f'{name} compares the completions of one prompt: rollout.samples must be at least '
+      f'{objective.least_samples}, not {samples}'
+    )
+  if missing := objective.images - {'full'}:
+    raise UserError(
+      f'{name} looks at the {" and ".join(sorted(missing))} image of a record, and no model here '
+      'reads images yet: choose another objective'
+    )
+  for rows in rows_of_batches(c, objective):
+    share = rows // objective.updates
+    if rows % objective.updates or share % micro_batches(share, c.microbatch):
+      updates = f'{objective.updates} updates of ' if objective.updates > 1 else ''
+      raise UserError(
+        f'{rows} rows (rollout.prompts * rollout.samples, or prompts where the data complete them) '
+        f"can't be cut into {updates}equal micro-batches of at most {c.microbatch} rows: change "
+        'one of these numbers'
+      )
+  if c.teachers and c.teacher.path:
+    raise UserError('set either teacher.path (one teacher) or teachers (several), not both')
 
 
 def _is_pair(x: Any, first: type, second: type) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from dopd_jax import tasks
+from dopd_jax import tasks, teachers
 from dopd_jax.config import Config
 from dopd_jax.data import (
   DEFAULT_TEMPLATE,
@@ -51,15 +51,28 @@ def open_pipeline(config: Config, tokenizer: Any, objective: Objective) -> Pipel
       f'data.stages last {pipeline.length} steps and steps is {config.steps}: make them equal'
     )
   records = [example.record for example in pipeline.examples()]
-  if objective.source == 'data':
-    for record in records:
-      if record.completion is None:
-        raise UserError(
-          f'record {record.id}: there is no completion, and {objective.name} trains on it; add '
-          'this column, or name yours in data.columns'
-        )
-  else:
+  for record in records:
+    if objective.source != 'student' and record.completion is None:
+      raise UserError(
+        f'record {record.id}: there is no completion, and {objective.name} trains on it; add '
+        'this column, or name yours in data.columns'
+      )
+    if objective.rewards and not record.verifier:
+      raise UserError(
+        f'record {record.id} names no verifier, and {objective.name} needs to know which '
+        'completions are right: add the column verifier (and answer), or choose another objective'
+      )
+  if objective.source != 'data':
     check_verifiers(records)
+  if _privileged(config, objective) == 'column' and not any(
+    (record.privileged_context or '').strip() for record in records
+  ):
+    raise UserError(
+      f'{objective.name} shows a hint, and every privileged_context of the data is blank: fill '
+      "this column, name yours in data.columns, or set data.privileged='none' to train without"
+    )
+  if config.teachers and 'teacher' in objective.weights:
+    teachers.check_records(records, [name for name, _ in config.teachers])
   return pipeline
 
 
@@ -96,7 +109,7 @@ def open_held_out(config: Config, tokenizer: Any) -> list[Example]:
 
 
 def _completion_limit(config: Config, objective: Objective) -> int | None:
-  return config.rollout.max_new_tokens if objective.source == 'data' else None
+  return config.rollout.max_new_tokens if objective.source != 'student' else None
 
 
 def _privileged(config: Config, objective: Objective) -> str:

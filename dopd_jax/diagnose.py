@@ -18,7 +18,17 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from dopd_jax import cli, collate, dataset, evaluation, policies, samples, sharding, token_records
+from dopd_jax import (
+  cli,
+  collate,
+  dataset,
+  evaluation,
+  policies,
+  samples,
+  sharding,
+  teachers,
+  token_records,
+)
 from dopd_jax import state as states
 from dopd_jax.config import Config, Data, Policy, Rollout
 from dopd_jax.data import Example, open_source, tokenise
@@ -50,7 +60,7 @@ def diagnose(config: Config, out: str, console: Console, microbatch: int = 8) ->
   mesh = sharding.make_mesh(1, -1, 1)
   with jax.set_mesh(mesh):
     with console.status('loading the pair'):
-      pair = policies.load_pair(config, mesh, need_teacher=True)
+      pair = policies.load_pair(config, mesh, {'teacher'})
       examples, config = read_examples(config, pair)
     rows = -(-len(examples) // (microbatch * mesh.size)) * microbatch * mesh.size
     fill = rows - len(examples)
@@ -85,7 +95,7 @@ def diagnose(config: Config, out: str, console: Console, microbatch: int = 8) ->
 
 def read_examples(config: Config, pair: policies.Pair) -> tuple[list[Example], Config]:
   """Examples with their completions, ids exactly as given; and the config with its N."""
-  room = min(x.model.config.max_position_embeddings for x in pair.policies)
+  room = min(x.model.config.max_position_embeddings for x in pair.policies.values())
   examples = tokenise(
     open_source(config.data.train, loaders=dataset.LOADERS),
     dataset.renderer(config, pair.tokenizer),
@@ -148,10 +158,11 @@ def score(config: Config, pair: policies.Pair, objective, batch, microbatch: int
   import optax
 
   tx = optax.identity()
-  student, teacher = pair.policies
+  student = pair.student
+  given, _ = teachers.given(pair.given)
   steps = make_steps(
     student.model,
-    teacher.model,
+    pair.models,
     objective,
     tx,
     live_vocab=len(pair.tokenizer),
@@ -159,8 +170,8 @@ def score(config: Config, pair: policies.Pair, objective, batch, microbatch: int
     head_tile=config.head_tile,
   )
   state = states.create(student.params, tx, objective)
-  scored = jax.jit(steps.score)(state, teacher.params, batch)
-  token = jax.jit(steps.measure)(state, teacher.params, batch, scored)
+  scored = jax.jit(steps.score)(state, given, batch)
+  token = jax.jit(steps.measure)(state, given, batch, scored)
   return token, scored._replace(hidden={})
 
 

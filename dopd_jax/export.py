@@ -43,7 +43,7 @@ def export(workdir: str, out: str, which: str = 'last') -> int:
   if step not in steps:
     raise UserError(f'--step={which} is none of last, best or the saved steps {steps}')
   mesh = sharding.make_mesh(1, -1, 1)  # whatever devices are here: Orbax reads onto any mesh
-  pair = policies.load_pair(config, mesh, need_teacher=False)
+  pair = policies.load_pair(config, mesh)
   objective = config.objective.build()
   tx = states.optimizer(config.optimizer, config.steps)
   like = states.place(states.create(pair.student.params, tx, objective), mesh)

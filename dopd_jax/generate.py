@@ -43,7 +43,7 @@ def generate(
   """
   mesh = sharding.make_mesh(1, -1, 1)
   config = Config(student=Policy(path=model), seed=seed)
-  pair = policies.load_pair(config, mesh, need_teacher=False)
+  pair = policies.load_pair(config, mesh)
   room = pair.student.model.config.max_position_embeddings
   examples = tokenise(
     open_source(data, privileged='none', loaders=dataset.LOADERS),

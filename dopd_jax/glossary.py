@@ -22,6 +22,12 @@ METRICS: dict[str, Metric] = {
   'eval/accuracy_high': Metric(
     'Accuracy, upper end', 'share', "Upper end of the accuracy's 95 % Wilson interval."
   ),
+  'eval/reverse_kl': Metric(
+    'KL(S || T)', 'nats', "From the plain student to the plain teacher, a step's completions."
+  ),
+  'eval/forward_kl': Metric(
+    'KL(T || S)', 'nats', 'The same from the teacher to the student, on the same tokens.'
+  ),
   'eval/teacher_accuracy': Metric(
     "Teacher's accuracy", 'share', 'Right answers of the teacher on the same prompts.'
   ),
@@ -42,6 +48,28 @@ METRICS: dict[str, Metric] = {
   ),
   'train/entropy/T': Metric(
     'Entropy of T', 'nats', 'The same of the teacher that sees the plain prompt.'
+  ),
+  'train/entropy/Ts': Metric(
+    'Entropy of Ts', 'nats', 'The same of the teacher that sees a right completion as hint.'
+  ),
+  'train/entropy/Td': Metric(
+    'Entropy of Td', 'nats', 'The same of the teacher that sees the degraded image.'
+  ),
+  'train/entropy/Sr': Metric(
+    'Entropy of Sr', 'nats', 'The same of the frozen or averaged student with the hint.'
+  ),
+  'train/entropy/R': Metric('Entropy of R', 'nats', 'The same of the reference, plain prompt.'),
+  'train/entropy/F': Metric(
+    'Entropy of F', 'nats', 'The same of the copy of the student that guides, plain prompt.'
+  ),
+  'train/entropy/Fp': Metric(
+    'Entropy of Fp', 'nats', 'The same of that copy with the privileged context.'
+  ),
+  'train/entropy/Fs': Metric(
+    'Entropy of Fs', 'nats', 'The same of that copy with a right completion as hint.'
+  ),
+  'train/entropy/Fc': Metric(
+    'Entropy of Fc', 'nats', 'The same of that copy with the cropped image.'
   ),
   'train/regime_share/<regime>': Metric(
     'Share of <regime>', 'share', 'Tokens of the rollout batch routed to the regime.'
@@ -70,6 +98,21 @@ METRICS: dict[str, Metric] = {
   'train/head_grad_norm/<regime>': Metric(
     'Head gradient, <regime>', '', "Norm of the loss gradient at the head's input, by regime."
   ),
+  'train/effective_weight': Metric(
+    'Effective weight', '', 'Mean weight of the rules over the tokens; 1 for vanilla OPD.'
+  ),
+  'train/loss_token_share': Metric(
+    'Tokens with loss', 'share', 'Completion tokens whose loss enters the mean.'
+  ),
+  'train/extra_forwards': Metric(
+    'Extra forwards', '', "Forward passes a step beside the student's own with gradient."
+  ),
+  'train/shifted_prompts': Metric(
+    'Shifted prompts', 'share', 'Prompts whose advantages Uni-OPD had to move apart.'
+  ),
+  'train/image_gain': Metric(
+    'Image gain', 'nats', "Mean gain of the teacher's log-prob from the undegraded image."
+  ),
   'train/accuracy': Metric(
     'Accuracy, sampled', 'share', 'Mean reward of the sampled completions that a verifier knows.'
   ),
@@ -95,6 +138,9 @@ METRICS: dict[str, Metric] = {
     "Teacher's accuracy, upper end", 'share', 'Upper end of its 95 % Wilson interval.'
   ),
   'time/step_seconds': Metric('Step', 's', 'Wall time of a rollout batch, compilation included.'),
+  'time/score_seconds': Metric(
+    'Scoring', 's', 'Wall time of the extra forwards of one step, measured at a look.'
+  ),
   'time/accuracy_seconds': Metric('Evaluation', 's', 'Wall time of measuring the student.'),
   'time/teacher_accuracy_seconds': Metric(
     'Evaluation, teacher', 's', 'Wall time of measuring the teacher.'

@@ -18,6 +18,7 @@ from rich import progress
 from rich.console import Console
 
 from dopd_jax import report
+from dopd_jax.objectives import Objective
 from dopd_jax.step import Batch, Scored, Updated
 
 
@@ -25,7 +26,7 @@ def of_update(
   batch: Batch,
   scored: Scored,
   updated: Updated,
-  regimes: tuple[str, ...],
+  objective: Objective,
   rewards: np.ndarray,
   truncated: np.ndarray,
   sampled: bool = True,
@@ -36,7 +37,7 @@ def of_update(
     batch: as trained on.
     scored: its signals and plan.
     updated: what the update told.
-    regimes: names, by index.
+    objective: the method.
     rewards: [B] in [0, 1], NaN where no verifier knows.
     truncated: [B] bool, completions that met the length limit.
     sampled: whether the student wrote the completions, so that the sampler has a log-prob to check.
@@ -61,7 +62,12 @@ def of_update(
 
   known = ~np.isnan(rewards)
   weighted = np.where(mask, scored.plan.coef * token.loss, 0.0)
-  for index, name in enumerate(regimes):
+  weight_R = np.array([sum(rule.weight for rule in rules) for rules in objective.rules] + [0.0])
+  values['train/effective_weight'] = (scored.plan.coef * weight_R[regime]).sum()
+  carries = (scored.plan.coef != 0) & (weight_R[regime] != 0)
+  values['train/loss_token_share'] = carries.sum() / max(mask.sum(), 1)
+  values['train/extra_forwards'] = len(objective.views)
+  for index, name in enumerate(objective.regimes):
     here = regime == index
     values[f'train/regime_share/{name}'] = here.sum() / max(mask.sum(), 1)
     values[f'train/regime_loss/{name}'] = weighted[here].sum()

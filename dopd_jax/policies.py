@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from dopd_jax import models, sharding, tasks
+from dopd_jax import models, sharding, tasks, teachers
 from dopd_jax.cli import CACHE
 from dopd_jax.config import Config, Policy
 from dopd_jax.errors import UserError
 from dopd_jax.models import Model
+from dopd_jax.objectives import Objective
 from dopd_jax.rollout import stop_ids_from, stop_ids_warning
 
 
@@ -30,22 +32,43 @@ class Loaded(NamedTuple):
 
 
 class Pair(NamedTuple):
-  """Student, teacher (None where no view names it), and the tokenizer that both share."""
+  """The student, those who teach it, and the tokenizer that all share."""
 
   student: Loaded
-  teacher: Loaded | None
+  given: dict[str, dict[str, Loaded]]  # {'teacher': {name: ...}, 'reference': {'': ...}}
   tokenizer: Any
   stop_ids: tuple[int, ...]
   pad_id: int
 
   @property
-  def policies(self) -> list[Loaded]:
-    """Student and, where there is one, teacher."""
-    return [x for x in (self.student, self.teacher) if x is not None]
+  def teacher(self) -> Loaded | None:
+    """The teacher, where there is exactly one."""
+    teachers = self.given.get('teacher', {})
+    return next(iter(teachers.values())) if len(teachers) == 1 else None
+
+  @property
+  def policies(self) -> dict[str, Loaded]:
+    """All of them, by a name for people."""
+    others = {
+      f'{kind} {name}'.strip(): loaded
+      for kind, by_name in self.given.items()
+      for name, loaded in by_name.items()
+    }
+    return {'student': self.student, **others}
+
+  @property
+  def models(self) -> dict[str, dict[str, Model]]:
+    """The models of `given`, as the steps take them."""
+    return {
+      kind: {name: loaded.model for name, loaded in by_name.items()}
+      for kind, by_name in self.given.items()
+    }
 
 
-def load_pair(config: Config, mesh: jax.sharding.Mesh, need_teacher: bool) -> Pair:
-  """Loads both policies onto the mesh.
+def load_pair(config: Config, mesh: jax.sharding.Mesh, weights: Collection[str] = ()) -> Pair:
+  """Loads the student, and of 'teacher' and 'reference' those in `weights`, onto the mesh.
+
+  Several teachers (`config.teachers`) are parked in the hosts' memory.
 
   Raises:
     UserError: weights that are missing or broken, different tokenizers, one model given twice, or a
@@ -56,21 +79,38 @@ def load_pair(config: Config, mesh: jax.sharding.Mesh, need_teacher: bool) -> Pa
   dtype = compute_dtype(config.compute_dtype)
   load = functools.partial(_load, mesh=mesh, dtype=dtype, tokenizer=tokenizer)
   student = load(config.student, student_dir, seed=config.seed)
-  teacher = None
-  if need_teacher:
-    if not config.teacher.path:
-      raise UserError('this objective needs a teacher: set teacher.path to a model directory')
-    teacher_dir = locate(config.teacher)
-    check_tokenizers(tokenizer, teacher_dir)
-    teacher = load(config.teacher, teacher_dir, seed=config.seed)
-    check_different(student, teacher)
   stops = stop_ids_from(tokenizer.eos_token_id, student.generation_config)
-  if teacher is not None:
-    theirs = stop_ids_from(tokenizer.eos_token_id, teacher.generation_config)
+
+  def other(policy: Policy, kind: str) -> Loaded:
+    directory = locate(policy)
+    check_tokenizers(tokenizer, directory)
+    loaded = load(policy, directory, seed=config.seed)
+    if kind == 'teacher':
+      check_different(student, loaded)
+    theirs = stop_ids_from(tokenizer.eos_token_id, loaded.generation_config)
     if warning := stop_ids_warning(stops, theirs):
       logging.warning('%s', warning)
+    return loaded
+
+  given: dict[str, dict[str, Loaded]] = {}
+  if 'teacher' in weights and config.teachers:
+    given['teacher'] = {}
+    for name, path in config.teachers:
+      loaded = other(Policy(path=path), 'teacher')
+      given['teacher'][name] = loaded._replace(params=teachers.park(loaded.params))
+  elif 'teacher' in weights:
+    if not config.teacher.path:
+      raise UserError('this objective needs a teacher: set teacher.path to a model directory')
+    given['teacher'] = {'': other(config.teacher, 'teacher')}
+  if 'reference' in weights:
+    if not config.reference.path:
+      raise UserError(
+        'this objective needs a reference: set reference.path to a model directory, such as the '
+        "teacher before its own training, or objective.reference='frozen'"
+      )
+    given['reference'] = {'': other(config.reference, 'reference')}
   pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-  return Pair(student, teacher, tokenizer, stops, pad if pad is not None else 0)
+  return Pair(student, given, tokenizer, stops, pad if pad is not None else 0)
 
 
 def compute_dtype(name: str) -> Any:
@@ -164,10 +204,16 @@ def check_different(student: Loaded, teacher: Loaded) -> None:
     )
 
 
-def check_context(config: Config, pair: Pair) -> None:
-  """Raises `UserError` if the longest row would not fit the context of either model."""
-  total = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-  for name, policy in zip(('student', 'teacher'), pair.policies):
+def longest_prompt(config: Config, objective: Objective) -> int:
+  """Tokens of the longest prompt that any policy reads: a completion may be part of one."""
+  completion = config.rollout.max_new_tokens if 'sibling' in objective.contexts else 0
+  return config.data.max_prompt_tokens + completion
+
+
+def check_context(config: Config, objective: Objective, pair: Pair) -> None:
+  """Raises `UserError` if the longest row would not fit the context of a model."""
+  total = longest_prompt(config, objective) + config.rollout.max_new_tokens
+  for name, policy in pair.policies.items():
     limit = policy.model.config.max_position_embeddings
     if total > limit:
       raise UserError(

@@ -22,9 +22,13 @@ class TrainState(NamedTuple):
   frozen: Any  # the student as given, None unless a view reads it
 
 
-def optimizer(cfg: Optimizer, steps: int) -> optax.GradientTransformation:
-  """AdamW behind a clip of the global norm; linear warm-up, then a cosine to `final_share`."""
-  schedule = learning_rate(cfg, steps)
+def optimizer(cfg: Optimizer, steps: int, updates: int = 1) -> optax.GradientTransformation:
+  """AdamW behind a clip of the global norm; linear warm-up, then a cosine to `final_share`.
+
+  `updates` of the optimizer a step share its learning rate.
+  """
+  by_step = learning_rate(cfg, steps)
+  schedule = by_step if updates == 1 else lambda count: by_step(count // updates)
   adamw = optax.adamw(
     schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=_decays
   )
@@ -33,7 +37,7 @@ def optimizer(cfg: Optimizer, steps: int) -> optax.GradientTransformation:
 
 
 def learning_rate(cfg: Optimizer, steps: int) -> optax.Schedule:
-  """Rate by updates done: 0 before the first, full after the warm-up, `final_share` after all."""
+  """Rate by steps done: 0 before the first, full after the warm-up, `final_share` after all."""
   decay = optax.cosine_decay_schedule(
     cfg.learning_rate, max(steps - cfg.warmup_steps, 1), alpha=cfg.final_share
   )

@@ -2,7 +2,8 @@ r"""The pure steps: `score` asks every view about a rollout batch, `update` trai
 
     score    trunk forward a view -> hidden states of the completion rows, signals, and the plan
     update   student trunk with gradient; the head applies each token's rules with its coefficient;
-             loss = sum(coef * token_loss); optimizer
+             loss = sum(coef * token_loss); optimizer; once, or on one share of the rows after the
+             other
 
 Between the two go hidden states, never logits: at V = 151,936 that is 40 times fewer bytes. Logits
 exist for `head_tile` completion positions of a micro-batch at once, in float32, and are made again
@@ -18,9 +19,10 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dopd_jax.config import micro_batches
 from dopd_jax.losses import pairing, rules
 from dopd_jax.models import Model
-from dopd_jax.objectives import Objective, Plan, Signals, View, make_plan
+from dopd_jax.objectives import Objective, Plan, Seen, Signals, View, dense, make_plan
 from dopd_jax.state import TrainState
 
 
@@ -32,19 +34,32 @@ class Prompt(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """A rollout batch. `prompts` holds each context that the objective names."""
+  """A rollout batch. `prompts` holds each rendering that the objective's views name."""
 
   prompts: Mapping[str, Prompt]
   tokens: Int[Array, 'B N']  # completions as sampled
   mask: Bool[Array, 'B N']  # which of them are real: a prefix of each row
   supervised: Bool[Array, 'B N']  # which of those may carry loss; all, for sampled completions
   logp: Float[Array, 'B N']  # the sampler's, nats
+  reward: Float[Array, 'B'] | None = None  # the verifier's, where the objective asks for it
+  # Where there are several teachers: the rows of each, padded with B.
+  teacher_rows: Mapping[str, Int[Array, 'b']] | None = None
+
+
+# What is given and never changes, by the words of `View.weights` and, for teachers, by name:
+# {'teacher': {'': params}, 'reference': {'': params}}. The models have the same shape.
+Given = Mapping[str, Mapping[str, Any]]
+OWN = ('student', 'ema', 'frozen')  # the words for weights that the state holds
 
 
 class Scored(NamedTuple):
-  """What is known before the first update. Hidden states belong to the weights that scored."""
+  """What is known before the first update, by view; hidden states and heads also by reader.
 
-  hidden: Mapping[str, Float[Array, 'B N D']]
+  Hidden states belong to the weights that scored; `heads` holds those that an update would move.
+  """
+
+  hidden: Mapping[str, Mapping[str, Float[Array, 'B N D']]]
+  heads: Mapping[str, Mapping[str, Float[Array, 'D V']]]
   signals: Mapping[str, Signals]
   plan: Plan
 
@@ -69,179 +84,261 @@ class Updated(NamedTuple):
 
 
 class Steps(NamedTuple):
-  """`update` and `measure` both take (state, teacher_params, batch, scored)."""
+  """`update` and `measure` both take (state, given, batch, scored)."""
 
-  score: Callable[..., Scored]  # (state, teacher_params, batch)
+  score: Callable[..., Scored]  # (state, given, batch, resident=given)
   update: Callable[..., tuple[TrainState, Updated]]
   measure: Callable[..., TokenView]  # the losses without a gradient, for looking at a pair
 
 
 def make_steps(
   student: Model,
-  teacher: Model | None,
+  models: Given,
   objective: Objective,
   tx: optax.GradientTransformation,
   *,
   live_vocab: int,
   microbatch: int,
   head_tile: int,
+  samples: int = 1,
+  seed: int = 0,
 ) -> Steps:
-  """The steps of one method for one pair of models.
+  """The steps of one method for one set of models.
 
-  All are pure; the caller jits them and may donate the state to `update`.
+  All are pure; the caller jits them and may donate the state to `update`. `score` may also run
+  unjitted, with a `given` that brings one model at a time onto the device: its parts are jitted,
+  and of `resident`, as of the `given` of the others, it reads the heads alone.
 
   Args:
     student: the model that is trained; it also reads the `ema` and `frozen` weights.
-    teacher: the model of the `teacher` weights, or None where no view names it.
+    models: the models of `given`. A view of the teacher is read by all teachers, each its own rows.
     objective: the method.
     tx: the optimizer.
     live_vocab: `len(tokenizer)`: columns of any head beyond it have probability 0.
-    microbatch: rows a forward and backward pass; divides the rows of a batch.
+    microbatch: most rows of a forward and backward pass.
     head_tile: completion positions whose logits exist at once.
+    samples: completions a prompt.
+    seed: of what the objective draws.
   """
 
-  def model_of(view: View) -> Model:
-    model = teacher if view.weights == 'teacher' else student
-    assert model is not None, f'{view} needs a teacher'
-    return model
+  def readers(view: View) -> Mapping[str, Model]:
+    return {'': student} if view.weights in OWN else models[view.weights]
 
-  def weights_of(view: View, state: TrainState, teacher_params: Any) -> Any:
-    weights = {
-      'student': state.params,
-      'ema': state.ema,
-      'frozen': state.frozen,
-      'teacher': teacher_params,
-    }
-    return lax.stop_gradient(weights[view.weights])
+  def params_of(view: View, reader: str, state: TrainState, given: Given) -> Any:
+    own = {'student': state.params, 'ema': state.ema, 'frozen': state.frozen}
+    params = own[view.weights] if view.weights in own else given[view.weights][reader]
+    return lax.stop_gradient(params)
 
-  def logits_of(hidden, head):
-    logits = jnp.einsum(
-      'BND,DV->BNV', hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
-    return logits[..., :live_vocab]
+  def logits_of(hidden, heads):
+    """Of a view: the sum over its readers, of which each has zeros for the rows of the others."""
+
+    def one(h, head):
+      logits = jnp.einsum(
+        'BND,DV->BNV', h, head.astype(h.dtype), preferred_element_type=jnp.float32
+      )
+      return logits[..., :live_vocab]
+
+    first, *rest = [one(h, heads[reader]) for reader, h in hidden.items()]
+    return sum(rest, first)
 
   def trunk(model: Model, params: Any, prompt: Prompt, tokens, mask):
     ids, valid = pairing.pack(prompt.tokens, prompt.length, tokens, mask)
     hidden, _ = model.forward(params, ids, valid)
     return pairing.completion_rows(hidden, prompt.length, tokens.shape[1])
 
-  def ask(hidden, head, tokens):
-    """Log-prob of the sampled token, LSE and entropy, in one pass over V."""
+  def ask(model: Model):
+    """(params, prompt, tokens, mask) -> hidden states and signals of every row."""
 
-    def tile(x):
-      logits = logits_of(x[0], head) / objective.temperature
-      lse = jax.nn.logsumexp(logits, axis=-1)
-      logp_y = jnp.take_along_axis(logits, x[1][..., None], axis=-1)[..., 0] - lse
-      entropy = lse - jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
-      return Signals(logp_y, lse, entropy)
-
-    return _over_tiles(tile, (hidden, tokens), head_tile)
-
-  def score(state: TrainState, teacher_params: Any, batch: Batch) -> Scored:
-    hidden, signals = {}, {}
-    for name, view in objective.views.items():
-      model, params = model_of(view), weights_of(view, state, teacher_params)
+    @jax.jit
+    def rows(params, *batch):
       head = model.head(params)
 
-      def rows(x, model=model, params=params, head=head, view=view):
-        h = trunk(model, params, x.prompts[view.context], x.tokens, x.mask)
-        return h, ask(h, head, x.tokens)
+      def micro(x):
+        prompt, tokens, mask = x
+        hidden = trunk(model, params, prompt, tokens, mask)
 
-      hidden[name], signals[name] = _over_micro_batches(rows, batch, microbatch)
-    return Scored(hidden, signals, make_plan(objective, signals, batch.supervised))
+        def tile(x):
+          logits = logits_of({'': x[0]}, {'': head})
+          return dense.signals_of(logits, x[1], objective.temperature)
 
-  def head_loss(head, hidden, source_heads, source_hidden, tokens, regime, coef):
+        return hidden, _over_tiles(tile, (hidden, tokens), head_tile)
+
+      return _over_micro_batches(micro, batch, microbatch)
+
+    return rows
+
+  asks = {
+    (name, reader): ask(model)
+    for name, view in objective.views.items()
+    for reader, model in readers(view).items()
+  }
+
+  @jax.jit
+  def compare(hidden, heads):
+    """The pair signals of every row."""
+
+    def tile(x):
+      logits = {name: logits_of(h, heads[name]) for name, h in x.items()}
+      T = objective.temperature
+      return {name: dense.compare(pair, logits, T) for name, pair in objective.pairs.items()}
+
+    rows = lambda x: _over_tiles(tile, x, head_tile)
+    return _over_micro_batches(rows, hidden, microbatch)
+
+  def heads_of(names, state: TrainState, given: Given):
+    return {
+      name: {
+        reader: model.head(params_of(objective.views[name], reader, state, given))
+        for reader, model in readers(objective.views[name]).items()
+      }
+      for name in names
+    }
+
+  @jax.jit
+  def plan_of(signals, mask, pairs, logp, reward, step) -> Plan:
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return make_plan(objective, Seen(signals, mask, pairs, logp, reward, samples, key))
+
+  def score(state: TrainState, given: Given, batch: Batch, resident: Given | None = None) -> Scored:
+    hidden, signals = {}, {}
+    for name, view in objective.views.items():
+      whole = batch.prompts[view.prompt], batch.tokens, batch.mask
+      hidden[name], parts = {}, []
+      for reader in readers(view):
+        mine = (batch.teacher_rows or {}).get(reader) if view.weights == 'teacher' else None
+        if mine is not None and not len(mine):
+          continue  # no record of this batch has this teacher
+        rows = whole if mine is None else jax.tree.map(lambda x, i=mine: x[i], whole)
+        found = asks[name, reader](params_of(view, reader, state, given), *rows)
+        if mine is not None:
+          found = jax.tree.map(lambda x, i=mine: _spread(x, i, batch.tokens.shape[0]), found)
+          jax.block_until_ready(found)  # the next teacher waits for the memory of this one
+        hidden[name][reader] = found[0]
+        parts.append(found[1])
+      signals[name] = jax.tree.map(lambda *x: sum(x), *parts)
+    pairs = {}
+    if objective.pairs:
+      compared = {x for pair in objective.pairs.values() for x in (pair.student, pair.source)}
+      heads = heads_of(compared, state, resident or given)
+      pairs = compare({name: hidden[name] for name in compared}, heads)
+    plan = plan_of(signals, batch.supervised, pairs, batch.logp, batch.reward, state.step)
+    kept = {name: hidden[name] for name in sorted(objective.sources)}
+    moving = [n for n in kept if objective.views[n].weights in ('student', 'ema')]
+    heads = heads_of(moving if objective.updates > 1 else (), state, given)
+    return Scored(kept, heads, signals, plan)
+
+  def head_loss(head, hidden, source_heads, x):
     """Sum of coef * token_loss over a micro-batch, and what to log of each token."""
 
     def tile(x):
-      hidden, source_hidden, tokens, regime, coef = x
-      logits = logits_of(hidden, head)
-      sources = {name: logits_of(h, source_heads[name]) for name, h in source_hidden.items()}
+      hidden, source_hidden, tokens, regime, coef, advantage, old_logp = x
+      logits = logits_of({'': hidden}, {'': head})
+      views = {name: logits_of(h, source_heads[name]) for name, h in source_hidden.items()}
       loss = rules.batched_token_loss(
-        objective.rules, logits, sources, tokens, regime, objective.temperature
+        objective.rules,
+        logits,
+        dense.blend(objective, views),
+        tokens,
+        regime,
+        objective.temperature,
+        advantage,
+        old_logp,
       )
       weighted = jnp.where(coef != 0, coef * jnp.where(coef != 0, loss, 0.0), 0.0)
-      scaled = lax.stop_gradient(logits) / objective.temperature
-      logp = jax.nn.log_softmax(scaled, axis=-1)
-      logp_y = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
-      entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-      return weighted, TokenView(lax.stop_gradient(loss), logp_y, entropy)
+      seen = dense.signals_of(lax.stop_gradient(logits), tokens, objective.temperature)
+      return weighted, TokenView(lax.stop_gradient(loss), seen.logp_y, seen.entropy)
 
-    xs = (hidden, source_hidden, tokens, regime, coef)
-    weighted, seen = _over_tiles(jax.checkpoint(tile), xs, head_tile)
+    weighted, seen = _over_tiles(jax.checkpoint(tile), (hidden, *x), head_tile)
     return jnp.sum(weighted), seen
 
-  used = {rule.source for table in objective.rules for rule in table} & set(objective.views)
-
-  def heads_of_sources(state, teacher_params):
-    return {
-      name: model_of(view).head(weights_of(view, state, teacher_params))
-      for name, view in objective.views.items()
-      if name in used
-    }
+  def source_heads(state: TrainState, given: Given, scored: Scored):
+    rest = [name for name in scored.hidden if name not in scored.heads]
+    heads = {**scored.heads, **heads_of(rest, state, given)}
+    return {n: {r: heads[n][r] for r in readers} for n, readers in scored.hidden.items()}
 
   def rows_of(batch: Batch, scored: Scored):
-    """What the student's pass needs of each row."""
-    source_hidden = {name: scored.hidden[name] for name in sorted(used)}
-    prompt = batch.prompts[objective.student.context]
-    return prompt, batch.tokens, batch.mask, source_hidden, scored.plan.regime, scored.plan.coef
+    """What the student's pass needs of each row: (prompt, tokens, mask), and for the head."""
+    prompt = batch.prompts[objective.student.prompt]
+    plan = scored.plan
+    x = (scored.hidden, batch.tokens, plan.regime, plan.coef, plan.advantage, plan.old_logp)
+    return (prompt, batch.tokens, batch.mask), x
 
-  def measure(state: TrainState, teacher_params: Any, batch: Batch, scored: Scored) -> TokenView:
-    heads, head = heads_of_sources(state, teacher_params), student.head(state.params)
+  def measure(state: TrainState, given: Given, batch: Batch, scored: Scored) -> TokenView:
+    heads, head = source_heads(state, given, scored), student.head(state.params)
 
     def rows(x):
-      prompt, tokens, mask, source_hidden, regime, coef = x
-      hidden = trunk(student, state.params, prompt, tokens, mask)
-      return head_loss(head, hidden, heads, source_hidden, tokens, regime, coef)[1]
+      hidden = trunk(student, state.params, *x[0])
+      return head_loss(head, hidden, heads, x[1])[1]
 
     return _over_micro_batches(rows, rows_of(batch, scored), microbatch)
 
-  def update(
-    state: TrainState, teacher_params: Any, batch: Batch, scored: Scored
-  ) -> tuple[TrainState, Updated]:
-    source_heads = heads_of_sources(state, teacher_params)
+  def update_once(state: TrainState, rows, heads) -> tuple[TrainState, Updated]:
     head, head_vjp = jax.vjp(student.head, state.params)
 
     def micro(carry, x):
       grads, head_grads, total = carry
-      prompt, tokens, mask, source_hidden, regime, coef = x
-      hidden, trunk_vjp = jax.vjp(lambda p: trunk(student, p, prompt, tokens, mask), state.params)
+      hidden, trunk_vjp = jax.vjp(lambda p: trunk(student, p, *x[0]), state.params)
       (loss, seen), (d_head, d_hidden) = jax.value_and_grad(head_loss, (0, 1), has_aux=True)(
-        head, hidden, source_heads, source_hidden, tokens, regime, coef
+        head, hidden, heads, x[1]
       )
       grads = jax.tree.map(jnp.add, grads, trunk_vjp(d_hidden)[0])
       norm = jnp.linalg.norm(d_hidden.astype(jnp.float32), axis=-1)
       return (grads, head_grads + d_head, total + loss), (seen, norm)
 
     start = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros_like(head), jnp.float32(0.0))
-    n = batch.tokens.shape[0] // microbatch
-    (grads, head_grads, loss), seen = lax.scan(micro, start, _deal(rows_of(batch, scored), n))
+    n = micro_batches(_rows(rows), microbatch)
+    (grads, head_grads, loss), seen = lax.scan(micro, start, _deal(rows, n))
     grads = jax.tree.map(jnp.add, grads, head_vjp(head_grads)[0])
     token, head_grad = _gather(seen, n)
 
     grad_norm = optax.tree.norm(grads)
     row_finite = jnp.all(jnp.isfinite(token.loss) & jnp.isfinite(head_grad), axis=1)
     ok = jnp.all(row_finite) & jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-    new_state = _apply(state, grads, ok, jnp.any(batch.supervised))
+    coef = rows[1][3]
+    new_state = _apply(state, grads, ok & jnp.any(coef != 0))
     return new_state, Updated(loss, grad_norm, row_finite, ok, token, head_grad)
 
-  def _apply(state: TrainState, grads, ok, some_tokens) -> TrainState:
-    """One optimizer step; the old state if `ok` is False, only the count if there was no token."""
+  def update(
+    state: TrainState, given: Given, batch: Batch, scored: Scored
+  ) -> tuple[TrainState, Updated]:
+    heads, rows = source_heads(state, given, scored), rows_of(batch, scored)
+    n = objective.updates
+    if n == 1:
+      new, updated = update_once(state, rows, heads)
+    else:
+      # Each share of the rows stands for the whole batch, so its coefficients grow n-fold.
+      plan = scored.plan._replace(coef=n * scored.plan.coef)
+      shares = _deal(rows_of(batch, scored._replace(plan=plan)), n)
+      new, each = lax.scan(lambda state, x: update_once(state, x, heads), state, shares)
+      whole = _gather((each.row_finite, each.token, each.head_grad), n)
+      loss, grad_norm = jnp.mean(each.loss), jnp.mean(each.grad_norm)
+      updated = Updated(loss, grad_norm, whole[0], jnp.all(each.ok), *whole[1:])
+    return new._replace(step=state.step + updated.ok.astype(jnp.int32)), updated
+
+  def _apply(state: TrainState, grads, wanted) -> TrainState:
+    """One optimizer step; the old state where a number is not finite or there was no token."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(params, ema, objective.ema_rate)
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok & some_tokens, a, b), new, old)
-    return TrainState(
-      step=state.step + ok.astype(jnp.int32),
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(wanted, a, b), new, old)
+    return state._replace(
       params=keep(params, state.params),
       opt_state=keep(opt_state, state.opt_state),
       ema=keep(ema, state.ema),
-      frozen=state.frozen,
     )
 
   return Steps(score, update, measure)
+
+
+def _rows(tree: Any) -> int:
+  return jax.tree.leaves(tree)[0].shape[0]
+
+
+def _spread(x: Array, index: Int[Array, 'b'], rows: int) -> Array:
+  """[b, ...] to the rows `index` of zeros [rows, ...]; an index past the end is left out."""
+  return jnp.zeros((rows, *x.shape[1:]), x.dtype).at[index].set(x, mode='drop')
 
 
 def _deal(tree: Any, n: int) -> Any:
@@ -256,8 +353,7 @@ def _gather(tree: Any, n: int) -> Any:
 
 def _over_micro_batches(fn: Callable, batch: Any, microbatch: int) -> Any:
   """`fn` over micro-batches of rows, one after the other."""
-  rows = jax.tree.leaves(batch)[0].shape[0]
-  n = rows // microbatch
+  n = micro_batches(_rows(batch), microbatch)
   return _gather(lax.map(fn, _deal(batch, n)), n)
 
 

@@ -7,9 +7,9 @@ Read `train` from top to bottom:
   workdir    the config as it ran; a run that was cut off goes on by itself
   models     student, teacher and tokenizer on the mesh
   data       records -> chat -> batches; held-out records
-  steps      rollout, score, update: three jitted functions
+  steps      collect, score, update: a rollout batch, what is known of it, one step of training
   resume     state and position in the data, from the newest checkpoint
-  loop       sample, score, update; look; save
+  loop       collect, score, update; look; save
   report     a table, report.png, samples.html
 """
 
@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
@@ -34,17 +33,20 @@ from dopd_jax import (
   evaluation,
   metrics,
   policies,
+  probe,
   sharding,
+  teachers,
   token_records,
   workdirs,
 )
 from dopd_jax import state as states
+from dopd_jax.collect import Collected, make_collect
 from dopd_jax.config import Config
 from dopd_jax.data import Example
 from dopd_jax.errors import Stopped
 from dopd_jax.objectives import Objective
 from dopd_jax.policies import Pair
-from dopd_jax.rollout import Rollout, Sampling, StopReason, sampling_notes
+from dopd_jax.rollout import Sampling, StopReason
 from dopd_jax.step import Scored, Steps, Updated, make_steps
 
 FLAGS = flags.FLAGS
@@ -54,9 +56,7 @@ class InFlight(NamedTuple):
   """A rollout batch that the devices may still be working on."""
 
   step: int
-  examples: Sequence[Example]  # one a row
-  rollout: Rollout
-  batch: Any
+  collected: Collected
   scored: Scored  # without its hidden states
   updated: Updated
 
@@ -82,24 +82,25 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
 
   # ------------------------------------------------------------------ models
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  workdirs.check_rows(config, mesh)
+  workdirs.check_rows(config, objective, mesh)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
-    pair = policies.load_pair(config, mesh, need_teacher='teacher' in objective.weights)
-    policies.check_context(config, pair)
+    pair = policies.load_pair(config, mesh, probe.weights(config, objective))
+    policies.check_context(config, objective, pair)
 
     # ---------------------------------------------------------------- data
     pipeline = dataset.open_pipeline(config, pair.tokenizer, objective)
     held_out = dataset.open_held_out(config, pair.tokenizer)
 
     # ---------------------------------------------------------------- steps
-    tx = states.optimizer(config.optimizer, config.steps)
+    tx = states.optimizer(config.optimizer, config.steps, objective.updates)
     state = states.place(states.create(pair.student.params, tx, objective), mesh)
-    teacher_params = pair.teacher.params if pair.teacher else None
+    given, resident = teachers.given(pair.given)
     pair = pair._replace(student=pair.student._replace(params=None))  # the state owns them now
     steps = compile_steps(config, pair, objective, tx, state)
-    roll = make_roll(config, pair, objective, mesh)
+    collect = make_collect(config, pair, objective, mesh)
     judge = make_judge(config, pair, held_out, mesh)
+    look_inside = probe.make_probe(config, pair, objective, steps)
 
     # ---------------------------------------------------------------- resume
     done, last = 0, {}
@@ -115,7 +116,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     stop = stack.enter_context(workdirs.stop_signal())
     progress = stack.enter_context(metrics.bar(console))
     if not done:
-      last = judge(state.params, progress, teacher_params)
+      last = judge(state.params, progress, given)
       if last:
         writer.write(0, last)
 
@@ -125,13 +126,13 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     pending: InFlight | None = None
     page: list[dict] = []
     for step in range(done + 1, config.steps + 1):
-      examples, rollout, batch = roll(state.params, next(pipeline), step)
-      scored = steps.score(state, teacher_params, batch)
-      state, updated = steps.update(state, teacher_params, batch, scored)
+      collected = collect(state.params, next(pipeline), step)
+      scored = steps.score(state, given, collected.batch, resident)
+      state, updated = steps.update(state, resident, collected.batch, scored)
 
       if pending is not None:  # one step late: the devices are already at the next one
         writer.write(pending.step, finish(config, objective, pair, pending, clock, progress, task))
-      pending = InFlight(step, examples, rollout, batch, scored._replace(hidden={}), updated)
+      pending = InFlight(step, collected, scored._replace(hidden={}, heads={}), updated)
       del scored  # hidden states, which would lie beside the cache of the next rollout
 
       end, stopping = step == config.steps, stop.is_set()
@@ -141,7 +142,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
         values = finish(config, objective, pair, pending, clock, progress, task)
         if look:
           last = judge(state.params, progress)
-          values |= last
+          values |= last | look_inside(state, given, resident, pending.collected.batch)
           clock.restart()  # looking is not training
         writer.write(step, values)
         if end:
@@ -167,70 +168,25 @@ def compile_steps(config: Config, pair: Pair, objective: Objective, tx: Any, sta
   """`score` and `update` jitted; the new state takes the memory and the shardings of the old."""
   steps = make_steps(
     pair.student.model,
-    pair.teacher.model if pair.teacher else None,
+    pair.models,
     objective,
     tx,
     live_vocab=len(pair.tokenizer),
     microbatch=config.microbatch,
     head_tile=config.head_tile,
+    samples=config.rollout.samples,
+    seed=config.seed,
   )
   where = jax.tree.map(lambda x: x.sharding, state)
   return steps._replace(
-    score=jax.jit(steps.score),
+    # Several teachers take turns, which only the host can give them: then the parts are jitted.
+    score=steps.score if config.teachers else jax.jit(steps.score),
     update=jax.jit(steps.update, donate_argnums=0, out_shardings=(where, None)),
   )
 
 
-def make_roll(config: Config, pair: Pair, objective: Objective, mesh: Any) -> Any:
-  """(params, examples, step) -> the examples, one a row; the rollout; the batch to train on."""
-  r, bucket = config.rollout, config.data.prompt_bucket
-  sampling = Sampling(
-    max_new_tokens=r.max_new_tokens,
-    num_samples=r.samples,
-    temperature=r.temperature,
-    top_k=r.top_k,
-    top_p=r.top_p,
-    min_p=r.min_p,
-    loss_temperature=objective.temperature,
-  )
-  for note in sampling_notes(pair.student.generation_config, sampling):
-    logging.info('%s', note)
-  generate = evaluation.make_generate(
-    pair.student.model, sampling, pair.tokenizer, pair.stop_ids, pair.pad_id
-  )
-  run_key = jax.random.key(config.seed)
-
-  def from_data(params, examples, step):
-    del params, step
-    by_context = collate.prompts(examples, sorted(objective.contexts), bucket, pair.pad_id)
-    by_context = collate.choose_context(
-      by_context, examples, objective.privileged_share, config.seed
-    )
-    rollout, supervised = collate.fixed_completions(examples, r.max_new_tokens, pair.pad_id)
-    rollout, by_context, supervised = collate.put((rollout, by_context, supervised), mesh)
-    return examples, rollout, collate.as_batch(by_context, rollout, supervised)
-
-  def from_student(params, examples, step):
-    by_context = collate.prompts(examples, sorted(objective.contexts), bucket, pair.pad_id)
-    index = np.array([e.draw for e in examples], np.uint32)
-    key = jax.random.fold_in(run_key, step)
-    once = r.prompts_at_once or len(examples)
-    parts = []
-    for i in range(0, len(examples), once):
-      part = slice(i, i + once)
-      prompt = jax.tree.map(lambda x, part=part: x[part], by_context[objective.student.context])
-      prompt, numbers = collate.put((prompt, index[part]), mesh)
-      parts.append(generate(params, prompt, key, numbers))
-    rollout = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    by_context = collate.put(collate.repeat(by_context, r.samples), mesh)
-    rows = [e for e in examples for _ in range(r.samples)]
-    return rows, rollout, collate.as_batch(by_context, rollout)
-
-  return from_data if objective.source == 'data' else from_student
-
-
 def make_judge(config: Config, pair: Pair, held_out: Sequence[Example], mesh: Any) -> Any:
-  """(params, progress, teacher_params) -> accuracies; the teacher's where its weights are given."""
+  """(params, progress, given) -> accuracies; the teacher's where `given` has one to itself."""
   sampling = Sampling(
     max_new_tokens=config.rollout.max_new_tokens, temperature=config.evaluation.temperature
   )
@@ -245,11 +201,12 @@ def make_judge(config: Config, pair: Pair, held_out: Sequence[Example], mesh: An
   )
   student = one(pair.student.model)
 
-  def look(params, progress, teacher_params=None):
+  def look(params, progress, given=None):
     values = judge.accuracy('eval/accuracy', student, params, progress)
-    if teacher_params is not None and pair.teacher and config.evaluation.teacher:
-      teacher = one(pair.teacher.model)
-      values |= judge.accuracy('eval/teacher_accuracy', teacher, teacher_params, progress)
+    teacher = (given or {}).get('teacher', {}).get('')
+    if teacher is not None and config.evaluation.teacher:
+      generate = one(pair.models['teacher'][''])
+      values |= judge.accuracy('eval/teacher_accuracy', generate, teacher, progress)
     return values
 
   return look
@@ -275,16 +232,21 @@ def finish(
   config: Config, objective: Objective, pair: Pair, done: InFlight, clock: Clock, progress, task
 ) -> dict[str, float]:
   """Fetches the numbers of a batch, stops the run if one is not finite, and shows a line."""
+  collected = done.collected
   batch, scored, updated, stop_reason = collate.fetch(
-    (done.batch._replace(prompts={}), done.scored, done.updated, done.rollout.stop_reason)
+    (
+      collected.batch._replace(prompts={}, teacher_rows=None),
+      done.scored,
+      done.updated,
+      collected.rollout.stop_reason,
+    )
   )
-  texts = evaluation.decode(pair.tokenizer, batch.tokens, batch.mask)
-  rewards = np.full(len(texts), np.nan)
-  sampled = objective.source == 'student'
-  if sampled and jax.process_count() == 1:
-    rewards = evaluation.rewards(done.examples, texts)
+  rewards = np.full(len(batch.mask), np.nan)
+  if collected.sampled and jax.process_count() == 1:
+    texts = evaluation.decode(pair.tokenizer, batch.tokens, batch.mask)
+    rewards = evaluation.rewards(collected.examples, texts)
   if not updated.ok:
-    bad = [e.record.id for e, fine in zip(done.examples, updated.row_finite) if not fine]
+    bad = [e.record.id for e, fine in zip(collected.examples, updated.row_finite) if not fine]
     raise Stopped(
       f'the loss or its gradient is not finite at step {done.step} (loss {updated.loss}, gradient '
       f'norm {updated.grad_norm}), records: {", ".join(bad) or "none by itself"}; the parameters '
@@ -294,10 +256,10 @@ def finish(
     batch,
     scored,
     updated,
-    objective.regimes,
+    objective,
     rewards,
     stop_reason == StopReason.LENGTH.value,
-    sampled,
+    collected.sampled,
   )
   seconds = clock.lap()
   tokens = float(batch.mask.sum())
@@ -314,18 +276,19 @@ def finish(
 
 def show(pair: Pair, objective: Objective, done: InFlight, count: int) -> list[dict]:
   """The first completions of a batch as records of samples.html."""
+  collected = done.collected
   batch, scored, token, stop_reason = jax.tree.map(
     lambda x: x[:count] if x.ndim else x,
     collate.fetch(
       (
-        done.batch._replace(prompts={}),
+        collected.batch._replace(prompts={}, teacher_rows=None),
         done.scored,
         done.updated.token,
-        done.rollout.stop_reason,
+        collected.rollout.stop_reason,
       )
     ),
   )
-  examples = done.examples[:count]
+  examples = collected.examples[:count]
   texts = evaluation.decode(pair.tokenizer, batch.tokens, batch.mask)
   rewards = evaluation.rewards(examples, texts)
   return token_records.describe(

@@ -18,6 +18,7 @@ from dopd_jax import __version__, report, samples
 from dopd_jax import config as configs
 from dopd_jax.config import Config
 from dopd_jax.errors import UserError
+from dopd_jax.objectives import Objective
 
 
 def check(workdir: str, config: Config) -> None:
@@ -73,16 +74,20 @@ def read_config(workdir: str) -> Config:
     raise UserError(f'there is no run in {workdir}: give the workdir of one') from error
 
 
-def check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
+def check_rows(config: Config, objective: Objective, mesh: jax.sharding.Mesh) -> None:
   """Raises `UserError` unless the mesh divides the prompts and the rows of a micro-batch."""
   if config.rollout.prompts_at_once and jax.process_count() > 1:
     raise UserError('rollout.prompts_at_once works on one process only: set it to 0')
   shards = mesh.shape['data'] * mesh.shape['fsdp']
-  for name, rows in (
+  numbers = [
     ('rollout.prompts', config.rollout.prompts),
     ('rollout.prompts_at_once', config.rollout.prompts_at_once),
-    ('microbatch', config.microbatch),
-  ):
+  ]
+  for rows in configs.rows_of_batches(config, objective):
+    share = rows // objective.updates
+    passes = configs.micro_batches(share, config.microbatch)
+    numbers.append(('microbatch', share // passes))
+  for name, rows in numbers:
     if rows % shards:
       raise UserError(
         f'{name} ({rows}) must be a multiple of the {shards} shards of mesh.data * mesh.fsdp: '

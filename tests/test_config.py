@@ -61,7 +61,7 @@ def valid():
     ({'objective.ema_rate': 1.5}, r'objective.ema_rate must be in \[0, 1\]'),
     ({'objective.self_reference': 'dead'}, 'objective.self_reference must be one of'),
     ({'objective.k': 0}, 'objective.k must be at least 1'),
-    ({'microbatch': 7}, 'multiple of microbatch'),
+    ({'microbatch': 7}, "can't be cut into equal"),
     ({'rollout.prompts_at_once': 100}, 'multiple of rollout.prompts_at_once'),
     ({'optimizer.warmup_steps': 200}, 'must be below steps'),
     ({'data.columns': ('prompt', 'question')}, 'must be pairs of names'),

@@ -71,11 +71,12 @@ def run(settings=None, batch=None, microbatch=8, head_tile=128, mesh=None, tx=No
     now = jax.device_put(now, sharding.param_shardings(now, mesh))
     teacher_params = jax.device_put(teacher_params, sharding.param_shardings(teacher_params, mesh))
     batch = jax.device_put(batch, sharding.rows(mesh))
+  models, given = {'teacher': {'': teacher}}, {'teacher': {'': teacher_params}}
   steps = step.make_steps(
-    student, teacher, objective, tx, live_vocab=LIVE, microbatch=microbatch, head_tile=head_tile
+    student, models, objective, tx, live_vocab=LIVE, microbatch=microbatch, head_tile=head_tile
   )
-  scored = jax.jit(steps.score)(now, teacher_params, batch)
-  new, updated = jax.jit(steps.update)(now, teacher_params, batch, scored)
+  scored = jax.jit(steps.score)(now, given, batch)
+  new, updated = jax.jit(steps.update)(now, given, batch, scored)
   return now, new, scored, updated, steps
 
 
@@ -184,11 +185,12 @@ def test_identity():
   np.testing.assert_allclose(updated.token.loss[own], 0, atol=1e-6)
   np.testing.assert_allclose(updated.head_grad[own], 0, atol=1e-6)
   same = objectives.Dopd(k=5).build()
+  models, given = {'teacher': {'': student}}, {'teacher': {'': params}}
   steps = step.make_steps(
-    student, student, same, optax.sgd(1.0), live_vocab=LIVE, microbatch=8, head_tile=8
+    student, models, same, optax.sgd(1.0), live_vocab=LIVE, microbatch=8, head_tile=8
   )
   now, batch = state.create(params, optax.sgd(1.0), same), make_batch(hint=False)
-  _, updated = jax.jit(steps.update)(now, params, batch, jax.jit(steps.score)(now, params, batch))
+  _, updated = jax.jit(steps.update)(now, given, batch, jax.jit(steps.score)(now, given, batch))
   assert abs(updated.loss) < 1e-6 and updated.grad_norm < 1e-6
 
 
@@ -219,12 +221,13 @@ def test_nonfinite_gradients_never_reach_the_state():
   weights['embedding'] = weights['embedding'].at[3].set(jnp.nan)
   objective, tx = objectives.Dopd(k=5).build(), optax.adam(1e-2)
   _, _, teacher, teacher_params = pair()
+  given = {'teacher': {'': teacher_params}}
   steps = step.make_steps(
-    untied, teacher, objective, tx, live_vocab=LIVE, microbatch=4, head_tile=8
+    untied, {'teacher': {'': teacher}}, objective, tx, live_vocab=LIVE, microbatch=4, head_tile=8
   )
   now = state.create(weights, tx, objective)
-  scored = jax.jit(steps.score)(now, teacher_params, batch)
-  new, updated = jax.jit(steps.update)(now, teacher_params, batch, scored)
+  scored = jax.jit(steps.score)(now, given, batch)
+  new, updated = jax.jit(steps.update)(now, given, batch, scored)
   assert not updated.ok
   assert updated.row_finite.tolist() == [b != 5 for b in range(8)]
   jax.tree.map(np.testing.assert_array_equal, new, now)
@@ -242,8 +245,8 @@ def test_a_batch_without_tokens_changes_only_the_count():
 
 def test_measure_says_what_update_says():
   now, _, scored, updated, steps = base()
-  *_, teacher_params = pair()
-  token = jax.jit(steps.measure)(now, teacher_params, make_batch(), scored)
+  given = {'teacher': {'': pair()[3]}}
+  token = jax.jit(steps.measure)(now, given, make_batch(), scored)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), token, updated.token)
 
 
@@ -267,9 +270,9 @@ def test_sft_is_cross_entropy_on_the_data():
   student, params, *_ = pair()
   batch = make_batch()
   objective, tx = objectives.Sft().build(), optax.sgd(0.1)
-  steps = step.make_steps(student, None, objective, tx, live_vocab=LIVE, microbatch=4, head_tile=4)
+  steps = step.make_steps(student, {}, objective, tx, live_vocab=LIVE, microbatch=4, head_tile=4)
   now = state.create(params, tx, objective)
-  _, updated = jax.jit(steps.update)(now, None, batch, jax.jit(steps.score)(now, None, batch))
+  _, updated = jax.jit(steps.update)(now, {}, batch, jax.jit(steps.score)(now, {}, batch))
   S = dense_logits(student, params, batch.prompts['plain'], batch)
   logp = jnp.take_along_axis(jax.nn.log_softmax(S), batch.tokens[..., None], -1)[..., 0]
   np.testing.assert_allclose(updated.loss, -logp[batch.mask].mean(), rtol=1e-5)

@@ -189,7 +189,7 @@ def test_frozen_self_is_the_given_student(tmp_path):
   run(tmp_path, objective__self_reference='frozen', steps=1)
   config = configs.validate(pairs.config())
   mesh = sharding.make_mesh(1, -1, 1)
-  given = policies.load_pair(config, mesh, need_teacher=False).student.params
+  given = policies.load_pair(config, mesh).student.params
   saves = checkpoint.Checkpoints(str(tmp_path / 'checkpoints'))
   from orbax.checkpoint import v1 as ocp
 

@@ -78,6 +78,30 @@ def forward_kl(
   return _expect(t, _difference(t, s))
 
 
+def clipped_forward_kl(
+  student_logp: Float[Array, '... V'], source_logp: Float[Array, '... V'], clip: float
+) -> Float[Array, '...']:
+  r"""Forward KL with each token of the vocabulary adding at most `clip` (OPSD, arXiv 2601.18734).
+
+  .. math:: \ell = \sum_v \min(q_v (\log q_v - \log p_v), \tau)
+
+  No divergence: with its large terms clipped a sum can be negative. `clip = inf` is `forward_kl`.
+
+  Args:
+    student_logp: normalised log-probabilities `log p` of the student, nats.
+    source_logp: the same of the source, `log q`; treated as a constant.
+    clip: tau, nats.
+
+  Returns:
+    One value a position, nats, unreduced and unmasked. Gradient in `student_logp`: `-q` at the
+    tokens below the clip, 0 at the others.
+  """
+  s, t = _prepare(student_logp, source_logp)
+  live = jnp.exp(t) > 0
+  term = jnp.where(live, jnp.exp(t) * jnp.where(live, _difference(t, s), 0.0), 0.0)
+  return jnp.sum(jnp.minimum(term, clip), axis=-1)
+
+
 def reverse_kl(
   student_logp: Float[Array, '... V'], source_logp: Float[Array, '... V']
 ) -> Float[Array, '...']:

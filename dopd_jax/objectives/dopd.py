@@ -14,10 +14,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from dopd_jax.losses import reduction as reductions
-from dopd_jax.losses import routing, rules, support
+from dopd_jax.losses import routing, rules
 from dopd_jax.losses.routing import Regime
-from dopd_jax.objectives.grammar import Objective, Routed, View, need, need_one_of
+from dopd_jax.objectives.grammar import Objective, Routed, View
+from dopd_jax.objectives.settings import Settings, need, need_one_of
 
 SELF_REFERENCES = {'live': 'student', 'ema': 'ema', 'frozen': 'frozen'}
 
@@ -33,7 +33,7 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dopd:
+class Dopd(Settings):
   """Settings of the `dopd` objective; the defaults are the paper's."""
 
   name: str = 'dopd'
@@ -50,20 +50,13 @@ class Dopd:
   scope: str = 'batch'
   self_reference: str = 'live'  # whose weights LL and HS pull to; the gap is always the live ones'
   ema_rate: float = 0.05  # of self_reference='ema'
-  temperature: float = 1.0
-  reduction: str = 'sequence'
 
   def build(self) -> Objective:
     """The objective; raises `UserError` for a setting that makes no sense."""
+    self.check()
     need_one_of('self_reference', self.self_reference, tuple(SELF_REFERENCES))
-    need_one_of('tail', self.tail, support.TAILS)
-    need_one_of('support', self.support, (*support.SUPPORTS, 'teacher'))
     need_one_of('scope', self.scope, routing.SCOPES)
-    need_one_of('reduction', self.reduction, reductions.REDUCTIONS)
     need(0.0 <= self.trim < 1.0, f'objective.trim must be in [0, 1), not {self.trim}')
-    need(0.0 <= self.ema_rate <= 1.0, f'objective.ema_rate must be in [0, 1], not {self.ema_rate}')
-    need(self.k >= 1, f'objective.k must be at least 1, not {self.k}')
-    need(self.temperature > 0, f'objective.temperature must be positive, not {self.temperature}')
 
     views = {'Sp': View('student', 'privileged'), 'Tp': View('teacher', 'privileged')}
     anchor = 'Sp'
@@ -75,7 +68,7 @@ class Dopd:
     def rules_of(regime: Regime) -> tuple[rules.Rule, ...]:
       cell: Cell = getattr(self, regime.name)
       need_one_of(f'{regime.name}.source', cell.source, ('teacher', 'self'))
-      need_one_of(f'{regime.name}.divergence', cell.divergence, tuple(rules.DIVERGENCES))
+      need_one_of(f'{regime.name}.divergence', cell.divergence, ('reverse_kl', 'forward_kl', 'js'))
       need_one_of(f'{regime.name}.region', cell.region, rules.REGIONS)
       need_one_of(f'{regime.name}.strength', cell.strength, tuple(strength))
       rule = rules.Rule(
@@ -89,9 +82,10 @@ class Dopd:
       )
       return (rule,) if rule.weight else ()
 
-    def router(signals, mask):
+    def router(seen):
+      mask = seen.mask
       routed = routing.route(
-        signals['Sp'].logp_y, signals['Tp'].logp_y, mask, self.trim, self.scope
+        seen.signals['Sp'].logp_y, seen.signals['Tp'].logp_y, mask, self.trim, self.scope
       )
       count = jnp.maximum(jnp.sum(mask), 1)
       scalars = {
@@ -104,13 +98,11 @@ class Dopd:
 
     regimes = (Regime.LH, Regime.LL, Regime.HT, Regime.HS)
     return Objective(
-      name=self.name,
+      **self.shared(),
       student=View('student', 'plain'),
       views=views,
       regimes=tuple(regime.name for regime in regimes),
       rules=tuple(rules_of(regime) for regime in regimes),
       router=router,
-      temperature=self.temperature,
-      reduction=self.reduction,
       ema_rate=self.ema_rate if self.self_reference == 'ema' else 0.0,
     )

@@ -8,13 +8,13 @@ show the hint in the prompt: this is how a teacher is made that can use one and 
 
 import dataclasses
 
-from dopd_jax.losses import reduction as reductions
 from dopd_jax.losses import rules
-from dopd_jax.objectives.grammar import Objective, View, need, need_one_of, one_regime
+from dopd_jax.objectives.grammar import Objective, View, one_regime
+from dopd_jax.objectives.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Sft:
+class Sft(Settings):
   """Settings of the `sft` objective."""
 
   name: str = 'sft'
@@ -23,17 +23,14 @@ class Sft:
 
   def build(self) -> Objective:
     """The objective; raises `UserError` for a setting that makes no sense."""
-    need_one_of('reduction', self.reduction, reductions.REDUCTIONS)
-    share = self.privileged_share
-    need(0.0 <= share <= 1.0, f'objective.privileged_share must be in [0, 1], not {share}')
+    self.check()
     return Objective(
-      name=self.name,
-      student=View('student', 'plain'),
+      **self.shared(),
+      student=View('student'),
       views={},
       regimes=('all',),
       rules=((rules.Rule('', rules.CROSS_ENTROPY),),),
       router=one_regime,
-      reduction=self.reduction,
       source='data',
-      privileged_share=share,
+      privileged_share=self.privileged_share,
     )

@@ -83,17 +83,18 @@ def gradients():
   batches['table 8, w/o privileged input'] = test_step.make_batch(hint=False)
   # The student has moved on since the frozen copy was made, so that the copy differs from it.
   moved = jax.tree.map(lambda x: x * 1.05, params)
+  models, given = {'teacher': {'': teacher}}, {'teacher': {'': teacher_params}}
   result = {}
   for name, settings in rows.items():
     objective, tx = settings.build(), optax.sgd(1.0)
     steps = step.make_steps(
-      student, teacher, objective, tx, live_vocab=test_step.LIVE, microbatch=8, head_tile=8
+      student, models, objective, tx, live_vocab=test_step.LIVE, microbatch=8, head_tile=8
     )
     now = state.create(params, tx, objective)._replace(params=moved)
 
     @jax.jit
     def run(now, batch, steps=steps):
-      return steps.update(now, teacher_params, batch, steps.score(now, teacher_params, batch))
+      return steps.update(now, given, batch, steps.score(now, given, batch))
 
     new, updated = run(now, batches[name])
     assert updated.ok, name
@@ -155,6 +156,6 @@ def test_a_rule_must_name_a_view():
 
 def test_plan_covers_exactly_the_mask():
   mask = jnp.asarray([[True, True, False], [False, False, False]])
-  plan = objectives.make_plan(objectives.Opd().build(), {}, mask)
+  plan = objectives.make_plan(objectives.Opd().build(), objectives.Seen({}, mask))
   np.testing.assert_array_equal(plan.regime, [[0, 0, -1], [-1, -1, -1]])
   np.testing.assert_allclose(plan.coef, [[0.5, 0.5, 0], [0, 0, 0]])

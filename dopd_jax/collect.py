@@ -1,0 +1,175 @@
+r"""A rollout batch from prompts: completions, then what the objective wants to know of them.
+
+prompts -> completions   sampled by the student, or those of the data
+        -> rewards       where the objective asks for them
+        -> contexts      where a prompt is made of other completions
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from dopd_jax import collate, dataset, evaluation, policies, teachers
+from dopd_jax.config import Config, micro_batches
+from dopd_jax.data import Example, Renderer
+from dopd_jax.objectives import Objective
+from dopd_jax.policies import Pair
+from dopd_jax.rollout import Rollout, Sampling, sampling_notes
+from dopd_jax.step import Batch
+
+_COIN = 2**31  # folded into the run's key beside steps, which are smaller
+
+
+class Collected(NamedTuple):
+  """A rollout batch; `examples` has one for each row."""
+
+  examples: list[Example]
+  rollout: Rollout
+  batch: Batch
+  sampled: bool  # by the student, not from the data
+
+
+Collect = Callable[[Any, Sequence[Example], int], Collected]
+
+
+def make_collect(config: Config, pair: Pair, objective: Objective, mesh: Any) -> Collect:
+  """(params, examples, step) -> the rollout batch of a step, the same whenever it is asked for."""
+  r = config.rollout
+  run_key = jax.random.key(config.seed)
+  sample = make_sample(config, pair, objective, mesh)
+  renderer = dataset.renderer(config, pair.tokenizer)
+  given_contexts = sorted(objective.contexts - {'sibling'})
+
+  def prompts(examples, contexts):
+    return collate.prompts(examples, contexts, config.data.prompt_bucket, pair.pad_id)
+
+  def batch_of(rows, by_context, rollout, supervised=None, reward=None):
+    several = pair.given.get('teacher', {})
+    teacher_rows = None
+    if several and '' not in several:
+      size = len(rows)
+      at_once = size // micro_batches(size, config.microbatch)
+      teacher_rows = teachers.rows_by_teacher([e.record for e in rows], sorted(several), at_once)
+    by_context, reward = collate.put((by_context, reward), mesh)
+    return collate.as_batch(by_context, rollout, supervised)._replace(
+      reward=reward, teacher_rows=teacher_rows
+    )
+
+  def from_data(examples):
+    by_context = prompts(examples, given_contexts)
+    by_context = collate.choose_context(
+      by_context, examples, objective.privileged_share, config.seed
+    )
+    completions = collate.fixed_completions(examples, r.max_new_tokens, pair.pad_id)
+    rollout, supervised = collate.put(completions, mesh)
+    rows = list(examples)
+    return Collected(rows, rollout, batch_of(rows, by_context, rollout, supervised), False)
+
+  def from_student(params, examples, step):
+    rows = [e for e in examples for _ in range(r.samples)]
+    by_context = prompts(examples, given_contexts)
+    rollout = sample(params, by_context, examples, step)
+    by_context = collate.repeat(by_context, r.samples)
+    if not objective.rewards:
+      return Collected(rows, rollout, batch_of(rows, by_context, rollout), True)
+
+    tokens, mask = collate.mine((rollout.tokens, rollout.mask))
+    texts = evaluation.decode(pair.tokenizer, tokens, mask)
+    reward = evaluation.rewards(rows, texts).astype(np.float32)
+    supervised = rollout.mask
+    if 'sibling' in objective.contexts:
+      hinted, has = with_siblings(rows, texts, reward >= objective.right_at, r.samples)
+      hinted, has = rendered(renderer, hinted, has, policies.longest_prompt(config, objective))
+      by_context['sibling'] = prompts(hinted, ['privileged'])['privileged']
+      supervised &= collate.put(has, mesh)[:, None]
+    return Collected(rows, rollout, batch_of(rows, by_context, rollout, supervised, reward), True)
+
+  def collect(params, examples, step):
+    if objective.source == 'data':
+      return from_data(examples)
+    if objective.source == 'mixed':
+      coin = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(run_key, _COIN), step))
+      if coin >= objective.on_policy_share:
+        return from_data(examples)
+    return from_student(params, examples, step)
+
+  return collect
+
+
+def make_sample(config: Config, pair: Pair, objective: Objective, mesh: Any) -> Callable:
+  """(params, prompts by context, examples, step) -> a Rollout on the mesh."""
+  r = config.rollout
+  sampling = Sampling(
+    max_new_tokens=r.max_new_tokens,
+    num_samples=r.samples,
+    temperature=r.temperature,
+    top_k=r.top_k,
+    top_p=r.top_p,
+    min_p=r.min_p,
+    loss_temperature=objective.temperature,
+  )
+  for note in sampling_notes(pair.student.generation_config, sampling):
+    logging.info('%s', note)
+  generate = evaluation.make_generate(
+    pair.student.model, sampling, pair.tokenizer, pair.stop_ids, pair.pad_id
+  )
+  run_key = jax.random.key(config.seed)
+
+  def sample(params, by_context, examples, step):
+    index = np.array([e.draw for e in examples], np.uint32)
+    key = jax.random.fold_in(run_key, step)
+    once = r.prompts_at_once or len(examples)
+    parts = []
+    for i in range(0, len(examples), once):
+      part = slice(i, i + once)
+      prompt = jax.tree.map(lambda x, part=part: x[part], by_context[objective.student.context])
+      prompt, numbers = collate.put((prompt, index[part]), mesh)
+      parts.append(generate(params, prompt, key, numbers))
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+  return sample
+
+
+def with_siblings(
+  examples: Sequence[Example], texts: Sequence[str], right: np.ndarray, samples: int
+) -> tuple[list[Example], np.ndarray]:
+  """Each row's record with a right completion of the same prompt as its hint (SDPO).
+
+  Args:
+    examples: one a row, those of a prompt side by side.
+    texts: of the completions.
+    right: [B] bool, which may be a hint.
+    samples: rows a prompt.
+
+  Returns:
+    The examples, their hints blank where there is no sibling, and which have one [B]. It is the
+    next right one after the row itself, so that several are used alike; never the row's own.
+  """
+  hints = []
+  for row in range(len(examples)):
+    start, place = row - row % samples, row % samples
+    others = [start + (place + i) % samples for i in range(1, samples)]
+    hints.append(next((texts[i] for i in others if right[i] and texts[i].strip()), ''))
+  hinted = [
+    dataclasses.replace(e, record=dataclasses.replace(e.record, privileged_context=hint))
+    for e, hint in zip(examples, hints)
+  ]
+  return hinted, np.array([bool(hint) for hint in hints])
+
+
+def rendered(
+  renderer: Renderer, examples: Sequence[Example], has: np.ndarray, limit: int
+) -> tuple[list[Example], np.ndarray]:
+  """The privileged prompts of new hints; a row whose prompt is over `limit` tokens has none."""
+  ids = renderer.privileged_batch([e.record for e in examples])
+  fits = np.array([len(x) <= limit for x in ids])
+  chosen = [
+    dataclasses.replace(e, privileged_ids=x if fit else e.prompt_ids)
+    for e, x, fit in zip(examples, ids, fits)
+  ]
+  return chosen, has & fits
