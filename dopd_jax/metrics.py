@@ -153,7 +153,9 @@ def line(step: int, steps: int, values: Mapping[str, float], regimes: Iterable[s
   names = [r for r in regimes if f'train/regime_share/{r}' in values]
   if len(names) > 1:
     shares = ' '.join(f'{r} {get(f"train/regime_share/{r}"):.0%}' for r in names)
-    parts += [shares, f'gap {get("train/gap"):.3f} (>= {get("train/gap_threshold"):.3f})']
+    parts.append(shares)
+  if 'train/gap_threshold' in values:
+    parts.append(f'gap {get("train/gap"):.3f} (>= {get("train/gap_threshold"):.3f})')
   parts.append(f'H(S) {get("train/entropy/S"):.3f}')
   parts.append(f'len {get("train/completion_length"):.0f}')
   if 'train/accuracy' in values:
