@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from dopd_jax import config as configs
+from dopd_jax import objectives
 from dopd_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
@@ -38,6 +39,56 @@ def test_the_papers_settings():
     assert (o.k, o.beta_light, o.beta_weak, o.trim, o.scope) == (128, 0.6, 0.3, 0.05, 'batch')
   with pytest.raises(UserError, match='no such pair'):
     load('llm', 'teacher=0.6b,student=8b')
+
+
+@pytest.mark.parametrize('settings', ['published', 'paper'])
+@pytest.mark.parametrize('method', sorted(objectives.METHODS.keys() - {'vision_opd', 'va_opd'}))
+def test_every_method_has_both_settings(method, settings):
+  """One word picks the method; `settings=paper` gives all of them the same run around the loss."""
+  config = configs.validate(load('llm', f'method={method},settings={settings}'))
+  assert config.objective == objectives.METHODS[method]()
+  if settings == 'paper':
+    shared = configs.validate(load('llm', f'method=opd,settings={settings}'))
+    assert dataclasses.replace(config, objective=shared.objective) == shared
+
+
+def test_published_settings():
+  """The numbers of their publications, where they differ from the paper's."""
+  c = configs.validate(load('llm', 'method=eopd'))
+  assert (c.rollout.prompts, c.rollout.samples, c.objective.updates) == (128, 1, 4)
+  assert (c.objective.threshold, c.objective.alpha, c.objective.k) == (0.8, 1.0, 16)
+  c = configs.validate(load('llm', 'method=uni_opd'))
+  assert (c.rollout.prompts, c.rollout.samples, c.optimizer.final_share) == (64, 16, 1.0)
+  assert (c.objective.margin, c.objective.clip_low, c.objective.clip_high) == (0.4, 0.2, 0.28)
+  c = configs.validate(load('llm', 'method=exopd'))
+  assert (c.objective.extrapolation, c.optimizer.learning_rate) == (1.25, 1e-5)
+  c = configs.validate(load('llm', 'method=sdpo'))
+  assert (c.objective.k, c.objective.mixture, c.objective.ema_rate) == (100, 0.5, 0.05)
+
+
+@pytest.mark.parametrize(
+  'method, changes, sentence',
+  [
+    ('uni_opd', {'rollout.samples': 1}, 'rollout.samples must be at least 2, not 1'),
+    ('sdpo', {'rollout.samples': 1}, 'rollout.samples must be at least 2, not 1'),
+    ('sdpo', {'objective.ema_rate': 1.1}, r'objective.ema_rate must be in \[0, 1\]'),
+    ('sdpo', {'objective.right_at': 0.0}, r'objective.right_at must be in \(0, 1\]'),
+    ('sdft', {'objective.teacher': 'me'}, 'objective.teacher must be one of teacher, frozen'),
+    ('gkd', {'objective.on_policy_share': -0.1}, 'on_policy_share must be in'),
+    ('tip', {'objective.share': 1.1}, 'objective.share must be in'),
+    ('eopd', {'objective.updates': 3}, "can't be cut into 3 updates"),
+    ('eopd', {'objective.clip_low': -0.1}, 'clip_low must be at least 0'),
+    ('exopd', {'objective.reference': 'base'}, 'objective.reference must be one of'),
+    ('opd', {'objective.teacher_context': 'hint'}, 'teacher_context must be one of plain, priv'),
+    ('vision_opd', {}, 'looks at the crop image of a record, and no model here reads images'),
+  ],
+)
+def test_combinations_that_make_no_sense(method, changes, sentence):
+  c = configs.default(method)
+  c.data.train = 'x.jsonl'
+  c.update_from_flattened_dict(changes)
+  with pytest.raises(UserError, match=sentence):
+    configs.validate(c)
 
 
 def valid():

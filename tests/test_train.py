@@ -107,6 +107,66 @@ def test_other_methods(method, tmp_path):
   assert last['train/regime_share/all'] == 1.0 and last['train/grad_norm'] > 0
 
 
+COMPARED = [
+  'eval/accuracy', 'eval/reverse_kl', 'eval/forward_kl', 'train/entropy/S', 'train/grad_norm',
+  'train/loss_token_share', 'train/effective_weight', 'train/extra_forwards', 'time/score_seconds',
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_method_trains_and_says_the_same_things(tmp_path, monkeypatch):
+  """From one seed: finite, no two alike, and all measured under the same names."""
+  from dopd_jax import evaluation, objectives
+
+  # A random student is never right, and then some methods would have nothing to learn from.
+  monkeypatch.setattr(
+    evaluation, 'rewards', lambda examples, texts: np.array([float(len(t) % 2) for t in texts])
+  )
+  ends = {}
+  for method in objectives.METHODS.keys() - {'vision_opd', 'va_opd', 'sft'}:
+    more = {'objective__threshold': 3.0} if method == 'eopd' else {}
+    run(tmp_path / method, method, rollout__samples=4, checkpoint__best='', **more)
+    found = rows(tmp_path / method, timing=True)
+    for name in COMPARED:
+      assert np.isfinite(found[-1][name]), (method, name)
+    assert all(
+      v is not None and glossary.metric(k).meaning for k, v in found[-1].items() if k != 'step'
+    )
+    ends[method] = tuple(row['eval/reverse_kl'] for row in found if 'eval/reverse_kl' in row)
+  assert len(set(ends.values())) == len(ends), ends
+
+
+def test_an_objective_that_needs_rewards_needs_verifiers(tmp_path):
+  record = {'prompt': 'a = 5 ? a', 'privileged_context': 'a'}
+  (tmp_path / 'data.jsonl').write_text(json.dumps(record) + '\n')
+  with pytest.raises(UserError, match='names no verifier, and uni_opd needs to know'):
+    run(tmp_path / 'run', 'uni_opd', data__train=str(tmp_path / 'data.jsonl'))
+
+
+def test_hints_that_are_all_blank_are_an_error(tmp_path):
+  record = {'prompt': 'a = 5 ? a', 'privileged_context': ' '}
+  (tmp_path / 'data.jsonl').write_text(json.dumps(record) + '\n')
+  with pytest.raises(UserError, match=r"every privileged_context of the data is blank.*'none'"):
+    run(tmp_path / 'run', data__train=str(tmp_path / 'data.jsonl'))
+
+
+def test_a_reference_that_is_asked_for_must_be_given(tmp_path):
+  with pytest.raises(UserError, match=r'set reference\.path'):
+    run(tmp_path / 'run', 'exopd', objective__reference='reference')
+  _, teacher = pairs.pair()
+  run(tmp_path / 'run', 'exopd', objective__reference='reference', reference__path=teacher, steps=1)
+  assert rows(tmp_path / 'run')[-1]['train/entropy/R'] > 0
+
+
+@pytest.mark.parametrize('method', ['gkd', 'sdpo'])
+def test_methods_with_a_coin_or_siblings_resume_bit_for_bit(method, tmp_path):
+  run(tmp_path / 'whole', method)
+  shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
+  os.unlink(tmp_path / 'cut' / 'checkpoints' / '00000004' / 'manifest.json')
+  run(tmp_path / 'cut', method)
+  assert rows(tmp_path / 'cut') == rows(tmp_path / 'whole')
+
+
 def test_curriculum_and_self_reference_survive_a_resume(tmp_path):
   stage = 'task:plan_execute?size=16&seed={}&steps=2&definitions=4'
   changes = {
