@@ -1,5 +1,6 @@
 """What the README says exists and runs."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -41,3 +42,10 @@ def test_the_example_record_is_one():
   record = data.parse_record(json.loads(line), 'README', default_id='x')
   assert tasks.verify(record, 'The answer is 27') == 1.0
   assert tasks.verify(record, 'The answer is 28') == 0.0
+
+
+def test_the_table_of_methods_is_that_of_the_code():
+  spec = importlib.util.spec_from_file_location('methods', ROOT / 'docs' / 'methods.py')
+  methods = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(methods)
+  assert methods.PAGE.read_text() == methods.page(), 'run python docs/methods.py'
