@@ -36,7 +36,7 @@ def ours(settings, names, seed=0, mask=None, **extra):
   views = {view: as32(z[theirs]) for view, theirs in names.items()}
   objective = settings.build()
 
-  def loss(student):
+  def loss(student, views):
     return objectives.objective_loss(
       objective,
       student,
@@ -50,7 +50,9 @@ def ours(settings, names, seed=0, mask=None, **extra):
       **extra,
     )
 
-  (value, aux), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(as32(z['S']))
+  both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+  (value, aux), (grad, of_views) = both(as32(z['S']), views)
+  assert not any(np.any(x) for x in of_views.values())  # views are constants
   return value, grad, aux.plan
 
 

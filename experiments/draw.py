@@ -1,0 +1,148 @@
+"""Results as a figure: `curves.png`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from dopd_jax import report
+from dopd_jax.glossary import metric as about
+from dopd_jax.report import INK, RULE, SOFT
+from dopd_jax.samples import REGIMES
+from experiments.grid import Experiment
+from experiments.results import Summary, estimate, summarise
+from experiments.tables import cell, interval, is_share
+
+BLUE, TEACHER, REFERENCE = REGIMES['HS'].colour, REGIMES['HT'].colour, '#9a9fa6'
+
+
+class Band(NamedTuple):
+  """Of the runs that were not stopped: means and half widths of the 95 % t-interval by step."""
+
+  steps: np.ndarray
+  mean: np.ndarray
+  half: np.ndarray
+
+
+def band(summary: Summary, metric: str) -> Band:
+  """Over the seeds that have a finite value at a step."""
+  at: dict[int, list[float]] = {}
+  for result in summary.results:
+    if result['seed'] in summary.finals:
+      for step, value in zip(*report.series(result['rows'], metric)):
+        if math.isfinite(value):
+          at.setdefault(int(step), []).append(float(value))
+  found = [estimate(at[step]) for step in sorted(at)]
+  means, halves = np.array([e.mean for e in found]), np.array([e.half for e in found])
+  return Band(np.array(sorted(at)), means, halves)
+
+
+def figure(experiment: Experiment, results: Sequence[dict[str, Any]], title: str = '') -> Figure:
+  """Small multiples on no global state, one panel an arm: its seeds, their mean and 95 % band.
+
+  In every panel: the first arm's mean in grey, the teacher as a dashed line, the same axes.
+  """
+  found = summarise(experiment, results)
+  columns = min(4, max(len(found), 1))
+  lines = -(-len(found) // columns) or 1
+  drawn = Figure(figsize=(max(3.0 * columns, 6.4), 2.3 * lines + 1.2))
+  drawn.set_layout_engine('constrained', w_pad=0.08, h_pad=0.08, hspace=0.03, wspace=0.02)
+  drawn.suptitle(
+    f'{title}: {about(experiment.metric).label}' if title else about(experiment.metric).label,
+    x=0.012,
+    ha='left',
+    fontsize=13,
+    fontweight='bold',
+    color=INK,
+    parse_math=False,
+  )
+  first = next(iter(experiment.arms))
+  reference = band(found[0], experiment.metric) if found and found[0].arm == first else None
+  shared: Axes | None = None
+  for place, summary in enumerate(found, 1):
+    axes = drawn.add_subplot(lines, columns, place, sharex=shared, sharey=shared)
+    shared = shared or axes
+    _panel(axes, experiment, summary, reference)
+    axes.tick_params(labelbottom=place > len(found) - columns, labelleft=(place - 1) % columns == 0)
+    if place > len(found) - columns:
+      axes.set_xlabel('step', fontsize=8.5, color=SOFT)
+  # By the curves alone: a band of two seeds can be many times wider than all of them.
+  values = _values(results, experiment.metric, experiment.metric.replace('eval/', 'eval/teacher_'))
+  if shared is not None and len(values):
+    margin = 0.12 * (values.max() - values.min()) or 0.05
+    shared.set_ylim(values.min() - margin, values.max() + margin)
+  drawn.legend(
+    handles=[
+      Line2D([], [], color=BLUE, lw=2, label='mean over seeds'),
+      Line2D([], [], color=BLUE, lw=0.8, alpha=0.5, label='a seed'),
+      Patch(color=BLUE, alpha=0.16, lw=0, label='95 % t-interval'),
+      Line2D([], [], color=REFERENCE, lw=2, label=f'mean of {first}'),
+      Line2D([], [], color=TEACHER, lw=1.3, ls='--', label='teacher'),
+      *([_STOPPED] if any('stopped' in r for r in results) else []),
+    ],
+    loc='outside lower left',
+    ncols=6,
+    frameon=False,
+    fontsize=8.5,
+    labelcolor=SOFT,
+  )
+  return drawn
+
+
+_STOPPED = Line2D([], [], color='#b3261e', marker='x', ls='', label='stopped: not finite')
+
+
+def _values(results: Sequence[dict[str, Any]], *metrics: str) -> np.ndarray:
+  """All finite values of the metrics, by run."""
+  found = [report.series(r['rows'], metric)[1] for metric in metrics for r in results]
+  values = np.concatenate(found) if found else np.array([])
+  return values[np.isfinite(values)]
+
+
+def _panel(axes: Axes, experiment: Experiment, summary: Summary, reference: Band | None) -> None:
+  metric = experiment.metric
+  if reference is not None:
+    axes.plot(reference.steps, reference.mean, color=REFERENCE, lw=2)
+  for result in summary.results:
+    steps, values = report.series(result['rows'], metric)
+    axes.plot(steps, values, color=BLUE, lw=0.8, alpha=0.5)
+    if 'stopped' in result and len(steps):
+      axes.plot(steps[-1:], values[-1:], marker='x', color=_STOPPED.get_color(), ls='')
+  teacher = _values(summary.results, metric.replace('eval/', 'eval/teacher_'))
+  if len(teacher):
+    axes.axhline(teacher[-1], color=TEACHER, ls='--', lw=1.3)
+  own = band(summary, metric)
+  axes.fill_between(
+    own.steps, own.mean - own.half, own.mean + own.half, color=BLUE, alpha=0.16, lw=0
+  )
+  axes.plot(own.steps, own.mean, color=BLUE, lw=2, marker='o', ms=3)
+  _finish(axes, experiment, summary)
+
+
+def _finish(axes: Axes, experiment: Experiment, summary: Summary) -> None:
+  metric = experiment.metric
+  axes.set_title(summary.arm, loc='left', fontsize=10, color=INK, pad=16, parse_math=False)
+  parts = []
+  if summary.final.n:
+    parts.append(f'final {cell(metric, summary.final.mean)}{" %" if is_share(metric) else ""}')
+  if summary.arm != next(iter(experiment.arms)) and summary.difference.n:
+    parts.append(f'difference {interval(metric, summary.difference, "+")}')
+  if stopped := sum('stopped' in r for r in summary.results):
+    parts.append(f'{stopped} stopped')
+  axes.annotate(
+    ', '.join(parts), (0, 1), (0, 4), 'axes fraction', 'offset points', fontsize=8, color=SOFT
+  )
+  axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+  if is_share(metric):
+    axes.yaxis.set_major_formatter(lambda value, _: f'{100 * value:.3g} %')
+  axes.tick_params(which='both', labelsize=8, colors=SOFT, length=0)
+  axes.grid(axis='y', color=RULE, lw=0.7)
+  axes.set_axisbelow(True)
+  axes.spines[['top', 'right', 'left']].set_visible(False)
+  axes.spines['bottom'].set_color(RULE)

@@ -1,0 +1,145 @@
+"""What result files say: the choice of a learning rate, means over seeds, paired differences.
+
+choose       an arm's learning rate, from its tuning runs
+estimate     a mean with its 95 % t-interval
+paired       the same of the differences between two arms, seed by seed
+summarise    every arm's final metric, and its difference to the first arm's
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from dopd_jax import report
+from dopd_jax.errors import UserError
+from experiments.grid import Experiment, Run
+
+
+def read(out: pathlib.Path, kind: str) -> list[dict[str, Any]]:
+  """The results in `results` or `tuning`, by file name; raises `UserError` for a broken file."""
+  return [_read(path) for path in sorted((out / kind).glob('*.json'))]
+
+
+def done(run: Run, out: pathlib.Path) -> bool:
+  """Whether the run's result is there; raises `UserError` if it is that of another config."""
+  path = run.file(out)
+  if not path.exists():
+    return False
+  if _read(path)['config_hash'] != run.config_hash:
+    raise UserError(f'{path} is the result of another config: delete it or name another --out')
+  return True
+
+
+def final(result: Mapping[str, Any], metric: str) -> float:
+  """The last value of the metric; -inf of a run that was stopped or has no finite one."""
+  values = report.series(result['rows'], metric)[1]
+  known = 'stopped' not in result and len(values) and math.isfinite(values[-1])
+  return float(values[-1]) if known else -math.inf
+
+
+def choose(cells: Mapping[float, Sequence[float]]) -> float:
+  """The learning rate with the best mean of its final metrics; of equals the smallest."""
+  # Means of the same numbers in another order may differ in their last bits.
+  return max(cells, key=lambda rate: (round(mean(cells[rate]), 9), -rate))
+
+
+def rates(experiment: Experiment, runs: Sequence[Run], out: pathlib.Path) -> dict[str, float]:
+  """The learning rate of every arm, chosen by its tuning runs' results; arm -> rate."""
+  found: dict[str, dict[float, list[float]]] = {}
+  for run in runs:
+    value = final(_read(run.file(out)), experiment.metric)
+    found.setdefault(run.arm, {}).setdefault(run.learning_rate, []).append(value)
+  return {arm: choose(by_rate) for arm, by_rate in found.items()}
+
+
+def mean(values: Sequence[float]) -> float:
+  """The mean; -inf if one of the values is."""
+  return float(np.mean(values))
+
+
+def cells(results: Sequence[Mapping], arm: str, metric: str) -> dict[float, dict[int, float]]:
+  """An arm's tuning: rate -> seed -> final metric, both ascending."""
+  found: dict[float, dict[int, float]] = {}
+  for result in sorted(results, key=lambda r: (r['learning_rate'], r['seed'])):
+    if result['arm'] == arm:
+      found.setdefault(result['learning_rate'], {})[result['seed']] = final(result, metric)
+  return found
+
+
+class Estimate(NamedTuple):
+  """A mean over seeds; `half` is half the width of its 95 % t-interval, NaN below two values."""
+
+  mean: float
+  half: float
+  n: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+  """Mean +- t(0.975; n - 1) s / sqrt(n), s the standard deviation with n - 1."""
+  n = len(values)
+  if n < 2:
+    return Estimate(float(values[0]) if n else math.nan, math.nan, n)
+  half = stats.t.ppf(0.975, n - 1) * stats.sem(values)
+  return Estimate(mean(values), float(half), n)
+
+
+def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Estimate:
+  """`estimate` of the differences between two arms, on the seeds (keys) that both have."""
+  return estimate([values[seed] - reference[seed] for seed in values if seed in reference])
+
+
+class Summary(NamedTuple):
+  """What the results of one arm say."""
+
+  arm: str
+  results: list[dict[str, Any]]  # by seed
+  finals: dict[int, float]  # seed -> last value, without the runs that were stopped
+  start: float  # mean at the first look
+  final: Estimate
+  difference: Estimate  # to the first arm, paired by seed
+  means: dict[str, float]  # of other metrics, over those seeds
+
+
+def summarise(experiment: Experiment, results: Sequence[dict[str, Any]]) -> list[Summary]:
+  """One summary an arm that has results, in the experiment's order."""
+  finals = {arm: {} for arm in experiment.arms}
+  for result in sorted(results, key=lambda r: r['seed']):
+    value = final(result, experiment.metric)
+    if result['arm'] in finals and math.isfinite(value):
+      finals[result['arm']][result['seed']] = value
+  reference = next(iter(finals.values()))
+  found = []
+  for arm, values in finals.items():
+    own = sorted((r for r in results if r['arm'] == arm), key=lambda r: r['seed'])
+    if not own:
+      continue
+    ended = [r['means'] for r in own if r['seed'] in values]
+    means = {n: mean([m[n] for m in ended if n in m]) for n in sorted(set().union(*ended))}
+    starts = [s[0] for r in own if len(s := report.series(r['rows'], experiment.metric)[1])]
+    found.append(
+      Summary(
+        arm=arm,
+        results=own,
+        finals=values,
+        start=mean(starts) if starts else math.nan,
+        final=estimate(list(values.values())),
+        difference=paired(values, reference),
+        means=means,
+      )
+    )
+  return found
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    result = json.loads(path.read_text())
+    if missing := {'arm', 'seed', 'learning_rate', 'config_hash', 'rows', 'means'} - result.keys():
+      raise ValueError(missing)
+  except (ValueError, AttributeError) as error:
+    raise UserError(f'{path} is not a whole result: delete it, the same command goes on') from error
+  return result

@@ -1,0 +1,150 @@
+r"""Runs a comparison and writes its results, table and figure.
+
+  python -m experiments.run NAME --jobs=2
+  python -m experiments.run NAME --arms=opd,dopd --smoke
+  python -m experiments.run NAME --report_only
+
+`experiments/NAME/experiment.py` says what is compared; NAME may also be the path of a folder. First
+every arm is trained at every learning rate on the tuning seeds, and the rate with the best mean
+final metric is taken; then every arm is trained on every seed. A run writes one JSON file when it
+has ended, under `results/` or `tuning/`; `table.md` and `curves.png` are made from these files
+alone. A command that was cut off goes on when it is given again: runs with a file are skipped, the
+others go on from their last checkpoint.
+
+After a change of code that no config shows, delete the files and the workdirs to run anew.
+"""
+
+import contextlib
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from absl import flags
+from rich import progress
+from rich.console import Console
+
+from dopd_jax import cli, workdirs
+from dopd_jax import config as configs
+from dopd_jax.errors import UserError
+from experiments import draw, grid, results, tables, workers
+from experiments.grid import Experiment, Run
+
+FLAGS = flags.FLAGS
+
+
+def walk(
+  experiment: Experiment,
+  arms: Sequence[str],
+  out: pathlib.Path,
+  execute: workers.Execute,
+  console: Console,
+  smoke: bool = False,
+) -> None:
+  """Tunes, then runs, the arms; what has a result is skipped.
+
+  Raises:
+    UserError: a config is wrong, or a result is that of another config; nothing has run then.
+  """
+  tuning = [] if smoke else grid.tuning_runs(experiment, arms)
+  planned = grid.final_runs(experiment, dict.fromkeys(arms), smoke)  # their rates come later
+  with _bar(console) as bar:
+    task = bar.add_task('', total=len(tuning) + len(planned))
+
+    def go(phase: str, runs: Sequence[Run]) -> None:
+      todo = [run for run in runs if not results.done(run, out)]
+      total = (bar.tasks[task].total or 0) - (len(runs) - len(todo))
+      bar.update(task, description=phase, total=total)
+      for run, result in execute(todo):
+        bar.advance(task)
+        line = f'{run.name}: {tables.in_words(experiment, result)}, {result["wall_seconds"]:.0f} s'
+        bar.console.print(line, highlight=False, soft_wrap=True)
+
+    if tuning:
+      go('tuning', tuning)
+      planned = grid.final_runs(experiment, results.rates(experiment, tuning, out))
+    go('runs', planned)
+
+
+def write(experiment: Experiment, name: str, out: pathlib.Path, console: Console) -> None:
+  """`table.md` and `curves.png` from the result files; raises `UserError` if there are none."""
+  final, tuning = results.read(out, 'results'), results.read(out, 'tuning')
+  if not final and not tuning:
+    raise UserError(f'there are no results in {out}: run the experiment first, or name its --out')
+  made = tables.tables(experiment, final, tuning)
+  for table in made:
+    console.print(table.rich(console.width), '')
+  with workdirs.writing(str(out / 'table.md')) as file:
+    file.write(tables.page(experiment, name, made, final))
+  draw.figure(experiment, final, pathlib.Path(name).name).savefig(out / 'curves.png', dpi=130)
+  console.print(f'Wrote {out / "table.md"} and {out / "curves.png"}', soft_wrap=True)
+
+
+def _bar(console: Console) -> progress.Progress:
+  return progress.Progress(
+    progress.TextColumn('{task.description}'),
+    progress.BarColumn(),
+    progress.MofNCompleteColumn(),
+    progress.TimeElapsedColumn(),
+    progress.TextColumn('left'),
+    progress.TimeRemainingColumn(),
+    console=console,
+    speed_estimate_period=1e9,  # a run takes minutes: all of them tell the speed
+  )
+
+
+def _commit() -> str:
+  """The commit of the code, with `-dirty` behind it where files differ; '' without git."""
+  # A grid that writes its results must not wait for, or take, the index of the user's git.
+  words = ['git', '--no-optional-locks', 'describe', '--always', '--dirty', '--abbrev=40']
+  with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    told = subprocess.run(
+      [*words, '--exclude=*'], cwd=grid.ROOT, capture_output=True, check=True, text=True
+    )
+    return told.stdout.strip()
+  return ''
+
+
+def main() -> None:
+  """The command."""
+  if not _NAME:
+    raise UserError('name an experiment first: python -m experiments.run NAME --flag=value')
+  experiment = grid.load(_NAME)
+  arms = FLAGS.arms or list(experiment.arms)
+  for arm in arms:
+    if arm not in experiment.arms:
+      raise UserError(configs.unknown('arm in --arms', arm, experiment.arms))
+  out = pathlib.Path('experiments') / _NAME
+  runs = pathlib.Path('runs/experiments') / out.name
+  if FLAGS.out or FLAGS.smoke:
+    out = pathlib.Path(FLAGS.out or tempfile.mkdtemp(prefix=f'{out.name}-smoke-'))
+    runs = out / 'runs'
+  runs = pathlib.Path(FLAGS.runs) if FLAGS.runs else runs
+  console = Console()
+  if not FLAGS.report_only:
+
+    def interrupt(*_):
+      raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+      execute = workers.in_processes(FLAGS.jobs, out, runs, _commit())
+      walk(experiment, arms, out, execute, console, FLAGS.smoke)
+    except KeyboardInterrupt:
+      console.print('Stopped; the same command goes on from here.')
+      raise
+  write(experiment, _NAME, out, console)
+
+
+if __name__ == '__main__':
+  # The experiment's name is no flag: it is taken off before the flags are read.
+  _NAME = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith('-') else ''
+  flags.DEFINE_integer('jobs', 1, 'Processes; more than one for CPU only.', lower_bound=1)
+  flags.DEFINE_list('arms', [], 'The arms to run; all if empty. Others keep their results.')
+  flags.DEFINE_string('out', '', 'Where results go; experiments/NAME if empty.')
+  flags.DEFINE_string('runs', '', 'Workdirs; OUT/runs with --out, else runs/experiments/NAME.')
+  flags.DEFINE_bool('smoke', False, 'One short run an arm, without tuning; a new folder as --out.')
+  flags.DEFINE_bool('report_only', False, 'Makes table.md and curves.png from the result files.')
+  cli.run(main)

@@ -1,0 +1,212 @@
+"""Training the runs of a grid: one run from config to result file, and the processes for many."""
+
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from dopd_jax import cli, report, workdirs
+from dopd_jax import train as trainer
+from dopd_jax.errors import Stopped, UserError
+from experiments.grid import Run
+
+Execute = Callable[[Sequence[Run]], Iterable[tuple[Run, dict[str, Any]]]]
+
+
+class Cut(Exception):
+  """A run was told to stop by a signal; it goes on from its workdir."""
+
+
+def perform(
+  run: Run,
+  out: pathlib.Path,
+  runs: pathlib.Path,
+  commit: str = '',
+  console: Console | None = None,
+  train: Callable[..., Any] = trainer.train,
+) -> dict[str, Any]:
+  """Trains, or goes on training, and writes the run's result; returns it.
+
+  Raises:
+    Cut: it was stopped by a signal.
+    UserError: as `train` raises it, or the result cannot be written.
+  """
+  workdir = run.workdir(runs)
+  stopped = ''
+  try:
+    train(run.config, str(workdir), console)
+  except Stopped as error:
+    stopped = str(error)
+  rows = report.read_metrics(workdir / 'metrics.jsonl')
+  if not stopped and rows[-1]['step'] < run.config.steps:
+    raise Cut(run.name)
+  about = json.loads((workdir / 'config.json').read_text())
+  result = {
+    'arm': run.arm,
+    'seed': run.seed,
+    'learning_rate': run.learning_rate,
+    'config_hash': run.config_hash,
+    **({'stopped': stopped} if stopped else {}),
+    'commit': commit,
+    'versions': about['versions'],
+    'device': about['device'],
+    # Of training and measuring, over all parts of a run that was cut off; without loading.
+    'wall_seconds': sum(
+      value for row in rows for name, value in row.items() if value and _is_seconds(name)
+    ),
+    'objective': about['config']['objective'],
+    'means': means(rows),
+    'rows': [row for row in rows if any(name.startswith('eval/') for name in row)],
+  }
+  result = rounded(result)
+  parts = {key: json.dumps(value) for key, value in result.items()}
+  parts['rows'] = '[\n  ' + ',\n  '.join(map(json.dumps, result['rows'])) + '\n]'
+  with workdirs.writing(str(run.file(out))) as file:
+    file.write('{\n' + ',\n'.join(f'"{key}": {text}' for key, text in parts.items()) + '\n}\n')
+  return result
+
+
+def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+  """Of each train/ metric the mean over the steps that have it, of each time/ metric the median."""
+  found: dict[str, float] = {}
+  for name in sorted({name for row in rows for name in row}):
+    values = report.series(rows, name)[1]
+    values = values[np.isfinite(values)]
+    if len(values) and name.startswith('train/'):
+      found[name] = float(values.mean())
+    elif len(values) and name.startswith('time/'):  # the first step compiles
+      found[name] = float(np.median(values))
+  return found
+
+
+def rounded(node: Any) -> Any:
+  """Every float of a JSON document to six significant digits."""
+  if isinstance(node, dict):
+    return {key: rounded(value) for key, value in node.items()}
+  if isinstance(node, list | tuple):
+    return [rounded(value) for value in node]
+  return float(f'{node:.6g}') if isinstance(node, float) else node
+
+
+def _is_seconds(name: str) -> bool:
+  return name.startswith('time/') and name.endswith('_seconds')
+
+
+# ----------------------------------------------------------------------------------- the processes
+
+
+class Worker:
+  """A process that takes one run after another; it ends when the command does."""
+
+  def __init__(self, out: pathlib.Path, runs: pathlib.Path, commit: str):
+    # Nothing is shared between workers: one that is killed can hold no lock of another.
+    spawn = multiprocessing.get_context('spawn')
+    self.pipe, theirs = spawn.Pipe()
+    self._process = spawn.Process(target=_work, args=(theirs, out, runs, commit))
+    self._process.start()
+    theirs.close()
+    self.run: Run | None = None
+
+  def give(self, run: Run | None) -> None:
+    """Begins a run; None for no more."""
+    self.run = run
+    if run is not None:
+      self.pipe.send(run)
+
+  def take(self) -> tuple[Run, dict[str, Any]]:
+    """The run that has ended, and its result; raises what it raised."""
+    assert self.run
+    try:
+      answer = self.pipe.recv()
+    except (EOFError, ConnectionError) as error:
+      raise UserError(
+        f'the process of {self.run.name} was killed, perhaps for its memory: give the same command '
+        'again, with a smaller --jobs'
+      ) from error
+    if isinstance(answer, Exception):
+      raise answer
+    return self.run, answer
+
+  def end(self) -> None:
+    """Asks a run to save its state and end; `join` waits for it."""
+    self.pipe.close()
+    if self.run is not None:
+      self._process.terminate()
+
+  def join(self) -> None:
+    """Waits until the process is gone."""
+    self._process.join()
+
+
+def in_processes(count: int, out: pathlib.Path, runs: pathlib.Path, commit: str) -> Execute:
+  """Trains in `count` processes."""
+
+  def execute(todo: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+    waiting = list(reversed(todo))
+    next_run = lambda: waiting.pop() if waiting else None
+    workers: dict[Any, Worker] = {}
+    try:
+      for _ in range(min(count, len(todo))):
+        worker = Worker(out, runs, commit)
+        workers[worker.pipe] = worker
+        worker.give(next_run())
+      while busy := [pipe for pipe, worker in workers.items() if worker.run]:
+        for pipe in multiprocessing.connection.wait(busy):
+          ended = workers[pipe].take()
+          workers[pipe].give(next_run())
+          yield ended
+    except Cut:
+      raise KeyboardInterrupt from None
+    finally:
+      for worker in workers.values():
+        worker.end()
+      for worker in workers.values():
+        worker.join()
+
+  return execute
+
+
+def _work(pipe: Any, out: pathlib.Path, runs: pathlib.Path, commit: str) -> None:
+  """What a worker does."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which ends its own
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str(cli.CACHE / 'xla'))
+  with contextlib.suppress(EOFError, ConnectionError):  # no more runs, or the command is gone
+    while True:
+      run = pipe.recv()
+      try:
+        answer: Any = _logged(run, out, runs, commit)
+      except (UserError, Cut) as error:
+        answer = error
+      except Exception:  # ours, or a library's that may not travel: its words do
+        answer = RuntimeError(f'{run.name} failed:\n{traceback.format_exc()}')
+      pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  assert parent
+  parent.join()
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _logged(run: Run, out: pathlib.Path, runs: pathlib.Path, commit: str) -> dict[str, Any]:
+  """`perform` with everything that is printed going to `train.log` in the workdir."""
+  workdir = run.workdir(runs)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with open(workdir / 'train.log', 'a') as log:
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    return perform(run, out, runs, commit, Console(file=log, width=120))

@@ -1,0 +1,360 @@
+"""Comparisons: what a grid runs, what it skips, how it chooses, and its statistics by hand."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from dopd_jax import objectives, workdirs
+from dopd_jax.errors import Stopped, UserError
+from experiments import draw, grid, results, run, tables, workers
+from experiments.grid import Arm, Experiment
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXPERIMENT = Experiment(
+  question='Which?',
+  base='configs/quickstart.py',
+  arms={'opd': Arm('method=opd'), 'dopd': Arm('method=dopd', {'objective.k': 5})},
+  seeds=(0, 1, 2),
+  learning_rates=(2e-4, 5e-4, 1e-3),
+  tuning_seeds=(100, 101),
+  changes={'steps': 4, 'optimizer.warmup_steps': 0},
+  tuning_changes={'data.eval': 'task:plan_execute?split=train&size=8', 'evaluation.every': 0},
+)
+# The best rates are 5e-4 and 1e-3; a seed counts the same in both arms.
+BEST = {'opd': {2e-4: 0.5, 5e-4: 0.6, 1e-3: 0.55}, 'dopd': {2e-4: 0.3, 5e-4: 0.4, 1e-3: 0.5}}
+
+
+class Trainer:
+  """Stands for `train`: writes what a run leaves behind, and remembers what it ran."""
+
+  def __init__(self, stops=lambda config: False):
+    self.stops, self.ran = stops, []
+
+  def __call__(self, config, workdir, console):
+    self.ran.append(config)
+    workdirs.claim(workdir, config)
+    end = BEST[config.objective.name][config.optimizer.learning_rate] + config.seed / 100
+    rows = [{'step': 0, 'eval/accuracy': 0.25, 'eval/teacher_accuracy': 0.7}]
+    for step in range(1, config.steps + 1):
+      rows.append({'step': step, 'train/loss': step / 3, 'time/step_seconds': 100.0 / step**2})
+    rows[-1]['eval/accuracy'] = end
+    stopped = self.stops(config)
+    with open(pathlib.Path(workdir) / 'metrics.jsonl', 'w') as file:
+      file.writelines(json.dumps(row) + '\n' for row in rows[: 2 if stopped else None])
+    if stopped:
+      raise Stopped('the loss is not finite at step 2')
+
+
+def walk(out, trainer, experiment=EXPERIMENT, **kwargs):
+  def execute(todo):
+    for one in todo:
+      yield one, workers.perform(one, out, out / 'runs', train=trainer)
+
+  run.walk(experiment, list(experiment.arms), out, execute, Console(quiet=True), **kwargs)
+  return trainer.ran
+
+
+def result(arm, seed, value, **more):
+  rows = [{'step': 0, 'eval/accuracy': 0.5}, {'step': 4, 'eval/accuracy': value}]
+  about = {'learning_rate': 5e-4, 'config_hash': '', 'means': {'train/entropy/S': value}}
+  return {'arm': arm, 'seed': seed, 'rows': rows, **about, **more}
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+def test_an_interval_by_hand():
+  # s = 0.1, t(0.975; 2) = 4.302653, so 4.302653 * 0.1 / sqrt(3).
+  got = results.estimate([0.5, 0.6, 0.7])
+  assert got.n == 3
+  assert got.mean == pytest.approx(0.6)
+  assert got.half == pytest.approx(0.2484138, rel=1e-6)
+  assert results.estimate([0.4, 0.4]).half == 0.0
+  assert results.estimate([0.4]).mean == 0.4
+  assert math.isnan(results.estimate([0.4]).half)
+  assert results.estimate([]).n == 0
+
+
+def test_a_paired_interval_by_hand():
+  # Differences 0.1, 0.2, -0.1: mean 0.2 / 3, s = sqrt(0.07 / 3); seeds 3 and 4 have no partner.
+  ours, reference = {0: 0.6, 1: 0.7, 2: 0.8, 3: 0.0}, {2: 0.9, 1: 0.5, 0: 0.5, 4: 1.0}
+  got = results.paired(ours, reference)
+  assert got.n == 3
+  assert got.mean == pytest.approx(0.2 / 3)
+  assert got.half == pytest.approx(4.3026527 * math.sqrt(0.07 / 3 / 3), rel=1e-6)
+  # What a seed adds to both arms says nothing about their difference.
+  shift = {0: 5.0, 1: -3.0, 2: 1.0, 3: 0.0, 4: 0.0}
+  moved = [{s: v + shift[s] for s, v in arm.items()} for arm in (ours, reference)]
+  assert results.paired(*moved) == pytest.approx(got)
+
+
+@pytest.mark.parametrize(
+  ('cells', 'best'),
+  [
+    ({2e-4: [0.5, 0.6], 5e-4: [0.6, 0.7], 1e-3: [0.9, 0.1]}, 5e-4),
+    ({1e-3: [0.5, 0.7], 5e-4: [0.6, 0.6], 2e-4: [0.1, 0.1]}, 5e-4),  # a tie
+    ({1e-3: [0.1, 0.2, 0.3], 5e-4: [0.3, 0.2, 0.1]}, 5e-4),  # a tie but for the last bit
+    ({2e-4: [0.1, 0.1], 5e-4: [0.9, -math.inf]}, 2e-4),
+    ({5e-4: [-math.inf] * 2, 2e-4: [-math.inf] * 2}, 2e-4),
+  ],
+)
+def test_the_best_mean_chooses_and_the_smaller_rate_of_equals(cells, best):
+  assert results.choose(cells) == best
+
+
+def test_stopped_runs_count_in_no_mean_and_are_told():
+  found = [result('opd', s, 0.6) for s in (0, 1, 2)]
+  found += [result('dopd', 0, 0.4), result('dopd', 1, 0.5), result('dopd', 2, 0.9, stopped='x')]
+  opd, dopd = results.summarise(EXPERIMENT, found)
+  assert dopd.finals == {0: 0.4, 1: 0.5}
+  assert dopd.final.mean == pytest.approx(0.45)
+  assert dopd.difference.mean == pytest.approx(-0.15)
+  assert dopd.means == pytest.approx({'train/entropy/S': 0.45})
+  assert opd.final == pytest.approx((0.6, 0.0, 3))
+  table, *tuning = tables.tables(EXPERIMENT, found, [])
+  assert not tuning
+  # t(0.975; 1) = 12.7062, s / sqrt(2) = 0.05 for both
+  assert table.rows[0][:6] == ['opd', '0.0005', '3', '50.0', '60.0 ± 0.0', '–']
+  half = '45.0 ± 63.5', '-15.0 ± 63.5'
+  assert table.rows[1][:6] == ['dopd', '0.0005', '2 (1 stopped)', '50.0', *half]
+  assert table.rows[1][6] == '0.45'
+  draw.figure(EXPERIMENT, found).savefig(os.devnull, format='png')
+
+
+def test_one_seed_has_no_interval_and_an_arm_without_results_no_row():
+  alone = tables.tables(EXPERIMENT, [result('dopd', 0, 0.4)], [])[0].rows
+  assert alone == [['dopd', '0.0005', '1', '50.0', '40.0 ± –', '–', '0.4']]
+  both = [result('opd', 0, 0.3), result('dopd', 0, 0.4)]
+  second = tables.tables(EXPERIMENT, both, [])[0].rows[1]
+  assert second[4:6] == ['40.0 ± –', '+10.0 ± –']
+  page = tables.page(EXPERIMENT, 'x', [], [result('dopd', 0, 0.4)])
+  assert 'Not run yet: opd.' in page
+
+
+# ------------------------------------------------------------------------------------------ a walk
+
+
+def test_a_walk_tunes_then_runs_every_arm_at_its_own_rate(tmp_path):
+  ran = walk(tmp_path, Trainer())
+  tuning, final = ran[:12], ran[12:]
+  cell = lambda c: (c.objective.name, c.optimizer.learning_rate, c.seed)
+  assert sorted(map(cell, tuning)) == sorted(
+    (arm, rate, seed) for arm in BEST for rate in BEST[arm] for seed in (100, 101)
+  )
+  assert all('split=test' not in c.data.eval and not c.evaluation.every for c in tuning)
+  assert sorted(map(cell, final)) == sorted(
+    (arm, rate, seed) for arm, rate in (('opd', 5e-4), ('dopd', 1e-3)) for seed in (0, 1, 2)
+  )
+  assert all('split=test' in c.data.eval and c.evaluation.every == 25 for c in final)
+  assert all(c.steps == 4 for c in ran)
+  assert {c.objective.k for c in ran if c.objective.name == 'dopd'} == {5}
+  assert len(list((tmp_path / 'tuning').glob('*.json'))) == 12
+  assert (tmp_path / 'tuning' / 'opd.lr0.0005.seed100.json').exists()
+  assert (tmp_path / 'results' / 'dopd.seed2.json').exists()
+
+
+def test_a_result_file_says_what_ran(tmp_path):
+  walk(tmp_path, Trainer())
+  path = tmp_path / 'results' / 'dopd.seed1.json'
+  got = json.loads(path.read_text())
+  one = next(r for r in grid.final_runs(EXPERIMENT, {'dopd': 1e-3}) if r.seed == 1)
+  assert got['config_hash'] == one.config_hash
+  assert (got['arm'], got['seed'], got['learning_rate']) == ('dopd', 1, 1e-3)
+  assert got['objective']['k'] == 5
+  assert {'jax', 'python'} <= got['versions'].keys()
+  assert [row['step'] for row in got['rows']] == [0, 4]
+  assert got['rows'][1]['train/loss'] == 1.33333  # a whole row, six digits
+  # (1 + 2 + 3 + 4) / 3 / 4; the median of 100, 25, 11.1, 6.25; their sum
+  assert got['means'] == {'train/loss': 0.833333, 'time/step_seconds': 18.0556}
+  assert got['wall_seconds'] == 142.361
+  assert 'stopped' not in got
+
+
+def test_only_what_has_no_result_runs_again(tmp_path):
+  walk(tmp_path, Trainer())
+  assert walk(tmp_path, Trainer()) == []
+  (tmp_path / 'results' / 'opd.seed1.json').unlink()
+  again = walk(tmp_path, Trainer())
+  assert [(c.objective.name, c.seed) for c in again] == [('opd', 1)]
+
+
+def test_the_result_of_another_config_is_an_error(tmp_path):
+  walk(tmp_path / 'a', Trainer())
+  other = dataclasses.replace(EXPERIMENT, changes=EXPERIMENT.changes | {'steps': 5})
+  trainer = Trainer()
+  with pytest.raises(UserError, match=r'opd\.lr0\.0002\.seed100\.json .*delete it or .*--out'):
+    walk(tmp_path / 'a', trainer, other)
+  assert trainer.ran == []
+  assert len(walk(tmp_path / 'b', Trainer(), other)) == 18
+
+
+def test_a_broken_result_is_an_error(tmp_path):
+  walk(tmp_path, Trainer())
+  path = tmp_path / 'results' / 'opd.seed1.json'
+  for text in ('{"arm": "o', '[]', '{"arm": "opd"}'):
+    path.write_text(text)
+    with pytest.raises(UserError, match=r'opd\.seed1\.json is not a whole result'):
+      walk(tmp_path, Trainer())
+
+
+def test_a_stopped_run_is_a_result(tmp_path):
+  high = lambda config: config.optimizer.learning_rate == 1e-3
+  last = lambda config: config.objective.name == 'opd' and config.seed == 2
+  trainer = Trainer(stops=lambda config: high(config) or last(config))
+  ran = walk(tmp_path, trainer)
+  assert len(ran) == 18
+  assert {c.optimizer.learning_rate for c in ran[12:]} == {5e-4}
+  got = json.loads((tmp_path / 'results' / 'opd.seed2.json').read_text())
+  assert got['stopped'] == 'the loss is not finite at step 2'
+  assert walk(tmp_path, trainer)[18:] == []
+  run.write(EXPERIMENT, 'x', tmp_path, Console(quiet=True))
+  page = (tmp_path / 'table.md').read_text()
+  assert '| opd | 0.0005 | 2 (1 stopped) |' in page
+  assert '| dopd | 0.001 | stopped | stopped | stopped |  |' in page
+
+
+def test_a_run_that_was_cut_off_leaves_no_result(tmp_path):
+  one = grid.final_runs(EXPERIMENT, {'opd': 5e-4})[0]
+
+  def train(config, workdir, console):
+    Trainer()(dataclasses.replace(config, steps=3), workdir, console)
+
+  with pytest.raises(workers.Cut):
+    workers.perform(one, tmp_path, tmp_path / 'runs', train=train)
+  assert not one.file(tmp_path).exists()
+
+
+def test_the_report_needs_the_files_only(tmp_path):
+  with pytest.raises(UserError, match='no results'):
+    run.write(EXPERIMENT, 'x', tmp_path, Console(quiet=True))
+  walk(tmp_path, Trainer())
+  run.write(EXPERIMENT, 'x', tmp_path, Console(quiet=True))
+  page = (tmp_path / 'table.md').read_text()
+  # Seeds add 0, 1 and 2 points: s = 1 point, half = 4.302653 / sqrt(3); the arms differ by 10.
+  assert '| opd | 0.0005 | 3 | 25.0 | 61.0 ± 2.5 | – | 18.1 |' in page
+  assert '| dopd | 0.001 | 3 | 25.0 | 51.0 ± 2.5 | -10.0 ± 0.0 | 18.1 |' in page
+  # Tuning seeds add 100 and 101 points.
+  assert '| opd | 0.0005 | 160.0 | 161.0 | 160.5 | yes |' in page
+  assert '| opd | 0.001 | 155.0 | 156.0 | 155.5 |  |' in page
+  assert (tmp_path / 'curves.png').stat().st_size > 10_000
+
+
+def test_a_smoke_run_is_small_and_does_not_tune(tmp_path):
+  more = {'data.train': 'nowhere', 'objective.temperature': 2.0}
+  experiment = dataclasses.replace(EXPERIMENT, changes=EXPERIMENT.changes | more)
+  ran = walk(tmp_path, Trainer(), experiment, smoke=True)
+  assert [(c.objective.name, c.seed, c.steps) for c in ran] == [('opd', 0, 2), ('dopd', 0, 2)]
+  assert all('size=64' in c.data.train and c.objective.temperature == 2.0 for c in ran)
+
+
+# -------------------------------------------------------------------------------------- declaring
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'arms': {}}, 'at least one arm'),
+    ({'arms': {'a/b': Arm()}}, 'letters, digits'),
+    ({'tuning_seeds': ()}, 'go together'),
+    ({'tuning_seeds': (2, 100)}, 'must all differ'),
+  ],
+)
+def test_a_wrong_declaration(changes, words):
+  with pytest.raises(UserError, match=words):
+    dataclasses.replace(EXPERIMENT, **changes)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'objective.kk': 5}, "arm 'opd': .*kk"),
+    ({'objective.k': 'many'}, "arm 'opd': .*k"),
+    ({'objective.k': -1}, "arm 'opd': .*k"),
+    ({'nothing.k': 5}, "arm 'opd': .*nothing"),
+  ],
+)
+def test_a_wrong_change_is_told_before_anything_runs(tmp_path, changes, words):
+  trainer = Trainer()
+  arms = {'dopd': Arm('method=dopd'), 'opd': Arm('method=opd', changes)}
+  with pytest.raises(UserError, match=words):
+    walk(tmp_path, trainer, dataclasses.replace(EXPERIMENT, arms=arms))
+  assert trainer.ran == []
+
+
+def test_every_declared_experiment_is_valid_and_no_tuning_sees_its_test_set():
+  for path in (ROOT / 'experiments').glob('*/experiment.py'):
+    experiment = grid.load(path.parent.name)
+    known = [
+      name
+      for name, arm in experiment.arms.items()
+      if arm.arg.removeprefix('method=') in objectives.METHODS
+    ]
+    tests = {r.config.data.eval for r in grid.final_runs(experiment, dict.fromkeys(known))}
+    tuned = {r.config.data.eval for r in grid.tuning_runs(experiment, known)}
+    assert not tests & tuned
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def command(*args, code=0):
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1', 'COLUMNS': '160'}
+  words = [sys.executable, '-m', 'experiments.run', *map(str, args)]
+  done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+  assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+  return done
+
+
+def test_mistakes_on_the_command_line_are_one_sentence():
+  for args, words in (
+    ([], 'name an experiment first'),
+    (['method'], "unknown experiment 'method': did you mean 'methods'?"),
+    (['methods', '--arms=opd,dopdd'], "unknown arm in --arms 'dopdd': did you mean 'dopd'?"),
+  ):
+    told = command(*args, code=2).stderr.strip()
+    assert told.startswith('error: ') and words in told and '\n' not in told
+
+
+FOLDER = """
+from experiments.grid import Arm, Experiment
+
+EXPERIMENT = Experiment(
+  question='Which?',
+  base='configs/quickstart.py',
+  arms={
+    'opd': Arm('method=opd'),
+    'dopd': Arm('method=dopd', {'objective.k': 5}),
+    'broken': Arm('method=opd', {'student.path': 'nowhere'}),
+  },
+)
+"""
+
+
+@pytest.mark.slow
+def test_the_command_runs_goes_on_and_tells_a_mistake_of_a_run(tmp_path):
+  (tmp_path / 'small').mkdir()
+  (tmp_path / 'small' / 'experiment.py').write_text(FOLDER)
+  out = tmp_path / 'out'
+  args = (tmp_path / 'small', '--smoke', f'--out={out}', '--jobs=2')
+  told = command(*args, '--arms=opd,dopd').stdout
+  assert 'opd.seed0: ' in told and 'dopd.seed0: ' in told
+  finals = [json.loads(p.read_text()) for p in sorted((out / 'results').glob('*.json'))]
+  assert [r['arm'] for r in finals] == ['dopd', 'opd']
+  assert finals[0]['objective']['k'] == 5
+  assert all(r['rows'][-1]['step'] == 2 and r['device'] for r in finals)
+  page = (out / 'table.md').read_text()
+  assert '| dopd | 0.0005 | 1 |' in page and 'Not run yet: broken.' in page
+  assert (out / 'curves.png').exists()
+
+  (out / 'results' / 'dopd.seed0.json').unlink()
+  told = command(*args, '--arms=opd,dopd').stdout
+  assert 'dopd.seed0: ' in told and '\nopd.seed0: ' not in f'\n{told}'
+  told = command(*args, code=2).stderr.strip()
+  assert told.startswith('error: ') and 'nowhere' in told and '\n' not in told
