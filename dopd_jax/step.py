@@ -10,6 +10,7 @@ exist for `head_tile` completion positions of a micro-batch at once, in float32,
 in the backward pass. Rows are dealt to micro-batches like cards, so that each device keeps its own.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,10 +28,14 @@ from dopd_jax.state import TrainState
 
 
 class Prompt(NamedTuple):
-  """One rendering of the prompts, right-padded: ids [B, P] int32, length [B] int32 >= 1."""
+  """One rendering of the prompts, right-padded: ids [B, P] int32, length [B] int32 >= 1.
+
+  `positions`: rotary ones [B, P, 3], where the prompts hold images; None for the plain count.
+  """
 
   tokens: Int[Array, 'B P']
   length: Int[Array, 'B']
+  positions: Int[Array, 'B P 3'] | None = None
 
 
 class Batch(NamedTuple):
@@ -42,6 +47,8 @@ class Batch(NamedTuple):
   supervised: Bool[Array, 'B N']  # which of those may carry loss; all, for sampled completions
   logp: Float[Array, 'B N']  # the sampler's, nats
   reward: Float[Array, 'B'] | None = None  # the verifier's, where the objective asks for it
+  # What the prompts show, by `View.image`: `models.Images` [b, ...], one a prompt, not a row.
+  images: Mapping[str, Any] | None = None
   # Where there are several teachers: the rows of each, padded with B.
   teacher_rows: Mapping[str, Int[Array, 'b']] | None = None
 
@@ -53,13 +60,12 @@ OWN = ('student', 'ema', 'frozen')  # the words for weights that the state holds
 
 
 class Scored(NamedTuple):
-  """What is known before the first update, by view; hidden states and heads also by reader.
+  """What is known before the first update, by view; hidden states also by reader.
 
-  Hidden states belong to the weights that scored; `heads` holds those that an update would move.
+  They belong to the weights that scored, which `update` must be given unchanged.
   """
 
   hidden: Mapping[str, Mapping[str, Float[Array, 'B N D']]]
-  heads: Mapping[str, Mapping[str, Float[Array, 'D V']]]
   signals: Mapping[str, Signals]
   plan: Plan
 
@@ -141,21 +147,40 @@ def make_steps(
     first, *rest = [one(h, heads[reader]) for reader, h in hidden.items()]
     return sum(rest, first)
 
-  def trunk(model: Model, params: Any, prompt: Prompt, tokens, mask):
+  def look(model: Model, params: Any, images: Any, rows: int):
+    """Vision features of every row, made once for the rows of a prompt; None without images."""
+    if images is None:
+      return None
+    b = _rows(images)
+    see = lambda x: model.see(params, x)
+    passes = math.gcd(micro_batches(rows, microbatch), b)
+    features = _gather(lax.map(see, _deal(images, passes)), passes)
+    return jax.tree.map(lambda x: jnp.repeat(x, rows // b, axis=0), features)
+
+  def trunk(model: Model, params: Any, prompt: Prompt, tokens, mask, features):
     ids, valid = pairing.pack(prompt.tokens, prompt.length, tokens, mask)
-    hidden, _ = model.forward(params, ids, valid)
+    more = {}
+    if prompt.positions is not None:
+      N = tokens.shape[1]
+      more['positions'] = pairing.pack_positions(prompt.positions, prompt.length, N)
+    if features is not None:
+      more['features'] = features
+    hidden, _ = model.forward(params, ids, valid, **more)
     return pairing.completion_rows(hidden, prompt.length, tokens.shape[1])
 
   def ask(model: Model):
-    """(params, prompt, tokens, mask) -> hidden states and signals of every row."""
+    """(params, images, index, (prompt, tokens, mask)) -> hidden states and signals of the rows."""
 
     @jax.jit
-    def rows(params, *batch):
+    def rows(params, images, index, batch):
       head = model.head(params)
+      batch = (*batch, look(model, params, images, _rows(batch)))
+      if index is not None:
+        batch = jax.tree.map(lambda x: x[index], batch)
 
       def micro(x):
-        prompt, tokens, mask = x
-        hidden = trunk(model, params, prompt, tokens, mask)
+        hidden = trunk(model, params, *x)
+        tokens = x[1]
 
         def tile(x):
           logits = logits_of({'': x[0]}, {'': head})
@@ -208,8 +233,8 @@ def make_steps(
         mine = (batch.teacher_rows or {}).get(reader) if view.weights == 'teacher' else None
         if mine is not None and not len(mine):
           continue  # no record of this batch has this teacher
-        rows = whole if mine is None else jax.tree.map(lambda x, i=mine: x[i], whole)
-        found = asks[name, reader](params_of(view, reader, state, given), *rows)
+        images = (batch.images or {}).get(view.image)
+        found = asks[name, reader](params_of(view, reader, state, given), images, mine, whole)
         if mine is not None:
           found = jax.tree.map(lambda x, i=mine: _spread(x, i, batch.tokens.shape[0]), found)
           jax.block_until_ready(found)  # the next teacher waits for the memory of this one
@@ -223,9 +248,7 @@ def make_steps(
       pairs = compare({name: hidden[name] for name in compared}, heads)
     plan = plan_of(signals, batch.supervised, pairs, batch.logp, batch.reward, state.step)
     kept = {name: hidden[name] for name in sorted(objective.sources)}
-    moving = [n for n in kept if objective.views[n].weights in ('student', 'ema')]
-    heads = heads_of(moving if objective.updates > 1 else (), state, given)
-    return Scored(kept, heads, signals, plan)
+    return Scored(kept, signals, plan)
 
   def head_loss(head, hidden, source_heads, x):
     """Sum of coef * token_loss over a micro-batch, and what to log of each token."""
@@ -252,12 +275,11 @@ def make_steps(
     return jnp.sum(weighted), seen
 
   def source_heads(state: TrainState, given: Given, scored: Scored):
-    rest = [name for name in scored.hidden if name not in scored.heads]
-    heads = {**scored.heads, **heads_of(rest, state, given)}
+    heads = heads_of(scored.hidden, state, given)
     return {n: {r: heads[n][r] for r in readers} for n, readers in scored.hidden.items()}
 
   def rows_of(batch: Batch, scored: Scored):
-    """What the student's pass needs of each row: (prompt, tokens, mask), and for the head."""
+    """What each row gives to the student's trunk, (prompt, tokens, mask), and to its head."""
     prompt = batch.prompts[objective.student.prompt]
     plan = scored.plan
     x = (scored.hidden, batch.tokens, plan.regime, plan.coef, plan.advantage, plan.old_logp)
@@ -267,29 +289,39 @@ def make_steps(
     heads, head = source_heads(state, given, scored), student.head(state.params)
 
     def rows(x):
-      hidden = trunk(student, state.params, *x[0])
+      hidden = trunk(student, state.params, *x[0], x[2])
       return head_loss(head, hidden, heads, x[1])[1]
 
-    return _over_micro_batches(rows, rows_of(batch, scored), microbatch)
+    seen = look(student, state.params, own_images(batch), batch.tokens.shape[0])
+    return _over_micro_batches(rows, (*rows_of(batch, scored), seen), microbatch)
 
-  def update_once(state: TrainState, rows, heads) -> tuple[TrainState, Updated]:
+  def own_images(batch: Batch):
+    return (batch.images or {}).get(objective.student.image)
+
+  def update_once(state: TrainState, rows, heads, see) -> tuple[TrainState, Updated]:
+    """One update on `rows`; `see`: parameters -> their vision features, or None."""
     head, head_vjp = jax.vjp(student.head, state.params)
+    features, see_vjp = jax.vjp(see, state.params)
 
     def micro(carry, x):
       grads, head_grads, total = carry
-      hidden, trunk_vjp = jax.vjp(lambda p: trunk(student, p, *x[0]), state.params)
+      *x, features = x
+      forward = lambda p, features: trunk(student, p, *x[0], features)
+      hidden, trunk_vjp = jax.vjp(forward, state.params, features)
       (loss, seen), (d_head, d_hidden) = jax.value_and_grad(head_loss, (0, 1), has_aux=True)(
         head, hidden, heads, x[1]
       )
-      grads = jax.tree.map(jnp.add, grads, trunk_vjp(d_hidden)[0])
+      d_params, d_features = trunk_vjp(d_hidden)
+      grads = jax.tree.map(jnp.add, grads, d_params)
       norm = jnp.linalg.norm(d_hidden.astype(jnp.float32), axis=-1)
-      return (grads, head_grads + d_head, total + loss), (seen, norm)
+      return (grads, head_grads + d_head, total + loss), (seen, norm, d_features)
 
     start = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros_like(head), jnp.float32(0.0))
     n = micro_batches(_rows(rows), microbatch)
-    (grads, head_grads, loss), seen = lax.scan(micro, start, _deal(rows, n))
-    grads = jax.tree.map(jnp.add, grads, head_vjp(head_grads)[0])
-    token, head_grad = _gather(seen, n)
+    (grads, head_grads, loss), seen = lax.scan(micro, start, _deal((*rows, features), n))
+    token, head_grad, d_features = _gather(seen, n)
+    for more in (head_vjp(head_grads)[0], see_vjp(d_features)[0]):
+      grads = jax.tree.map(jnp.add, grads, more)
 
     grad_norm = optax.tree.norm(grads)
     row_finite = jnp.all(jnp.isfinite(token.loss) & jnp.isfinite(head_grad), axis=1)
@@ -302,14 +334,20 @@ def make_steps(
     state: TrainState, given: Given, batch: Batch, scored: Scored
   ) -> tuple[TrainState, Updated]:
     heads, rows = source_heads(state, given, scored), rows_of(batch, scored)
-    n = objective.updates
+    n, images = objective.updates, own_images(batch)
+    see = lambda p: look(student, p, images, batch.tokens.shape[0])
     if n == 1:
-      new, updated = update_once(state, rows, heads)
+      new, updated = update_once(state, rows, heads, see)
     else:
       # Each share of the rows stands for the whole batch, so its coefficients grow n-fold.
       plan = scored.plan._replace(coef=n * scored.plan.coef)
       shares = _deal(rows_of(batch, scored._replace(plan=plan)), n)
-      new, each = lax.scan(lambda state, x: update_once(state, x, heads), state, shares)
+
+      def share(state, x):
+        mine = lambda p: jax.tree.map(lambda f: f[x[0]], _deal(see(p), n))
+        return update_once(state, x[1], heads, mine)
+
+      new, each = lax.scan(share, state, (jnp.arange(n), shares))
       whole = _gather((each.row_finite, each.token, each.head_grad), n)
       loss, grad_norm = jnp.mean(each.loss), jnp.mean(each.grad_norm)
       updated = Updated(loss, grad_norm, whole[0], jnp.all(each.ok), *whole[1:])

@@ -132,7 +132,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
 
       if pending is not None:  # one step late: the devices are already at the next one
         writer.write(pending.step, finish(config, objective, pair, pending, clock, progress, task))
-      pending = InFlight(step, collected, scored._replace(hidden={}, heads={}), updated)
+      pending = InFlight(step, collected, scored._replace(hidden={}), updated)
       del scored  # hidden states, which would lie beside the cache of the next rollout
 
       end, stopping = step == config.steps, stop.is_set()

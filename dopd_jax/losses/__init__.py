@@ -14,6 +14,7 @@ from dopd_jax.losses.dopd import dopd_loss as dopd_loss
 from dopd_jax.losses.dopd import dopd_rules as dopd_rules
 from dopd_jax.losses.pairing import completion_rows as completion_rows
 from dopd_jax.losses.pairing import pack as pack
+from dopd_jax.losses.pairing import pack_positions as pack_positions
 from dopd_jax.losses.policy_gradient import capped_ratio as capped_ratio
 from dopd_jax.losses.policy_gradient import clipped_surrogate as clipped_surrogate
 from dopd_jax.losses.reduction import coefficients as coefficients

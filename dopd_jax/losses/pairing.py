@@ -38,6 +38,29 @@ def pack(
   return jnp.where(valid, ids, 0), valid
 
 
+def pack_positions(
+  prompt: Int[Array, 'B P 3'], prompt_len: Int[Array, 'B'], N: int
+) -> Int[Array, 'B T 3']:
+  """Rotary positions of packed rows, T = P + N, where an image has spread those of the prompt.
+
+  Args:
+    prompt: [B, P, 3] int32 positions (time, height, width) of the prompt.
+    prompt_len: [B] tokens of each prompt, at least 1.
+    N: completion length (columns).
+
+  Returns:
+    [B, T, 3] int32; the completion goes on behind the largest position of its prompt, alike on all
+    axes.
+  """
+  P = prompt.shape[1]
+  t_T = jnp.arange(P + N)[None, :]
+  inside = t_T < prompt_len[:, None]
+  padded = jnp.pad(prompt, ((0, 0), (0, N), (0, 0)))
+  largest = jnp.max(padded, axis=(1, 2), where=inside[..., None], initial=-1)
+  behind = largest[:, None] + 1 + t_T - prompt_len[:, None]
+  return jnp.where(inside[..., None], padded, behind[..., None])
+
+
 def completion_rows(
   hidden: Float[Array, 'B T D'], prompt_len: Int[Array, 'B'], N: int
 ) -> Float[Array, 'B N D']:

@@ -33,7 +33,9 @@ def make_sampler(
   live_vocab: int,
   banned_ids: Sequence[int] = (),
 ) -> Engine:
-  """A pure `sample(params, tokens [b, P], valid [b, P], key, record_index [b]) -> Rollout`.
+  """A pure `sample(params, tokens [b, P], valid [b, P], key, record_index [b], ...) -> Rollout`.
+
+  What else is given by name (`positions`, `features`) goes to the forward pass of the prompts.
 
   The caller jits it. Ids that are not live, and banned ones, get probability 0 in the draw and in
   `logp`: they are masked before the log-softmax. With temperature 0 the likeliest token is taken,
@@ -61,8 +63,8 @@ def make_sampler(
     banned_ids=banned_ids,
   )
 
-  def sample(params, tokens, valid, key, record_index):
-    return generate(params, tokens, valid, key, record_index)[0]
+  def sample(params, tokens, valid, key, record_index, **prompt):
+    return generate(params, tokens, valid, key, record_index, **prompt)[0]
 
   return sample
 
@@ -92,7 +94,7 @@ def make_generate(
     )
   stops = jnp.asarray(sorted(stop_ids), jnp.int32)
 
-  def generate(params, tokens, valid, key, record_index):
+  def generate(params, tokens, valid, key, record_index, **prompt):
     b, P = tokens.shape
     head = model.head(params)
     live = _live_mask(head.shape[1], live_vocab, banned_ids)
@@ -129,7 +131,7 @@ def make_generate(
       )
       return write(state._replace(cache=cache), hidden[:, 0])
 
-    hidden, cache = model.forward(params, tokens, valid, cache=model.init_cache(b, P))
+    hidden, cache = model.forward(params, tokens, valid, cache=model.init_cache(b, P), **prompt)
     last_column = P - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last_column[:, None, None], axis=1)[:, 0]
 
