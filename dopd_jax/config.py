@@ -131,6 +131,7 @@ class Config:
   teacher: Policy = Policy()
   teachers: tuple = ()  # (('math', path), ...) instead: a record's column `teacher` names one
   reference: Policy = Policy()  # a second model, for objectives that extrapolate from one
+  freeze: str = 'nothing'  # of a student that sees: 'vision' (all of it), 'tower', 'merger'
   tokenizer: str = ''  # '' is the student's; `task:plan_execute` builds the task's
   data: Data = Data()
   rollout: Rollout = Rollout()
@@ -289,6 +290,7 @@ def _check(c: Config) -> None:
   one_of = {
     'data.privileged': (c.data.privileged, ('column', 'none')),
     'data.on_too_long': (c.data.on_too_long, ('drop', 'error')),
+    'freeze': (c.freeze, ('nothing', 'vision', 'tower', 'merger')),
     'compute_dtype': (c.compute_dtype, ('auto', 'float32', 'bfloat16')),
   }
   for name, (value, allowed) in one_of.items():

@@ -45,7 +45,7 @@ def export(workdir: str, out: str, which: str = 'last') -> int:
   mesh = sharding.make_mesh(1, -1, 1)  # whatever devices are here: Orbax reads onto any mesh
   pair = policies.load_pair(config, mesh)
   objective = config.objective.build()
-  tx = states.optimizer(config.optimizer, config.steps)
+  tx = states.optimizer(config.optimizer, config.steps, objective.updates, config.freeze)
   like = states.place(states.create(pair.student.params, tx, objective), mesh)
   state, _ = saves.restore(step, states.abstract(like))
   if jax.process_index() == 0:

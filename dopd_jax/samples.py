@@ -77,7 +77,9 @@ def write_samples(
   gap_threshold?, confidence_threshold?}`. `tokens` are the decoded pieces of the completion; the
   `_logp` fields (of the sampled token), `gap` and `loss` hold one number a token, in nats, and
   `regime` one name a token. Whatever is absent or None is left out of the page. A number that is
-  not finite is shown as such. `reward` in [0, 1]: 1 is right, 0 is wrong.
+  not finite is shown as such. `reward` in [0, 1]: 1 is right, 0 is wrong. `pictures` is a list of
+  `{src, width, height, boxes?, labels?}`: a data URI of an image, its size in pixels, and boxes
+  [x1, y1, x2, y2] in pixels to draw on it.
 
   Args:
     records: one mapping a completion, shown in the order given; may be empty.
@@ -194,6 +196,7 @@ def _view(
     'privileged_context': None if context is None else _visible(context),
     # Whether policies that see the privileged context scored the record.
     'privileged': any(data[f'privileged_{policy}_logp'] for policy in ('student', 'teacher')),
+    'pictures': [_picture(picture, record['id']) for picture in record.get('pictures') or ()],
     'tokens': [
       (f'r{r}' if text else f'r{r} void', _marked(text)) for r, text in zip(spans, tokens)
     ],
@@ -202,6 +205,23 @@ def _view(
     'verdict': _verdict(reward),
     'stop_reason': None if stop_reason is None else STOP_REASONS.get(stop_reason, str(stop_reason)),
     'data': data,
+  }
+
+
+def _picture(picture: Mapping[str, Any], record_id: Any) -> dict[str, Any]:
+  """What the template draws: the image, and each box as (x, y, width, height, label)."""
+  if not str(picture['src']).startswith('data:image/'):
+    raise ValueError(f'record {record_id!r} has a picture that is no data URI of an image')
+  boxes = picture.get('boxes') or []
+  labels = picture.get('labels') or [''] * len(boxes)
+  return {
+    'src': picture['src'],
+    'width': int(picture['width']),
+    'height': int(picture['height']),
+    'boxes': [
+      (*(float(v) for v in (x1, y1, x2 - x1, y2 - y1)), _visible(label))
+      for (x1, y1, x2, y2), label in zip(boxes, labels)
+    ],
   }
 
 

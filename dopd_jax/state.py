@@ -1,5 +1,6 @@
 """What training changes: parameters, optimizer state, step, and copies of the student in use."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +23,13 @@ class TrainState(NamedTuple):
   frozen: Any  # the student as given, None unless a view reads it
 
 
-def optimizer(cfg: Optimizer, steps: int, updates: int = 1) -> optax.GradientTransformation:
+def optimizer(
+  cfg: Optimizer, steps: int, updates: int = 1, freeze: str = 'nothing'
+) -> optax.GradientTransformation:
   """AdamW behind a clip of the global norm; linear warm-up, then a cosine to `final_share`.
 
-  `updates` of the optimizer a step share its learning rate.
+  `updates` of the optimizer a step share its learning rate. What `freeze` names has no part in the
+  norm and does not move.
   """
   by_step = learning_rate(cfg, steps)
   schedule = by_step if updates == 1 else lambda count: by_step(count // updates)
@@ -33,7 +37,10 @@ def optimizer(cfg: Optimizer, steps: int, updates: int = 1) -> optax.GradientTra
     schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=_decays
   )
   clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-  return optax.chain(clip, adamw)
+  if freeze == 'nothing':
+    return optax.chain(clip, adamw)
+  still = optax.masked(optax.set_to_zero(), lambda params: _named(params, freeze))
+  return optax.chain(still, clip, adamw, still)
 
 
 def learning_rate(cfg: Optimizer, steps: int) -> optax.Schedule:
@@ -80,8 +87,21 @@ def abstract(state: TrainState) -> TrainState:
 
 
 def _decays(params: Any) -> Any:
-  """Weight decay is for matrices: the scales of norms are left alone."""
+  """Weight decay is for matrices: the scales of norms and biases are left alone."""
+  return _by_path(params, lambda path: not path.endswith(('norm', 'bias', 'scale')))
+
+
+def _named(params: Any, freeze: str) -> Any:
+  """Which parameters `config.freeze` names: of the vision tower, of its mergers, or both."""
+
+  def named(path):
+    merger = path.startswith(('vision/merger', 'vision/deepstack_mergers'))
+    return path.startswith('vision/') and freeze in ('vision', 'merger' if merger else 'tower')
+
+  return _by_path(params, named)
+
+
+def _by_path(params: Any, rule: Callable[[str], bool]) -> Any:
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: not jax.tree_util.keystr(path, simple=True, separator='/').endswith('norm'),
-    params,
+    lambda path, _: rule(jax.tree_util.keystr(path, simple=True, separator='/')), params
   )

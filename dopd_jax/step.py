@@ -108,6 +108,7 @@ def make_steps(
   head_tile: int,
   samples: int = 1,
   seed: int = 0,
+  frozen_vision: bool = False,
 ) -> Steps:
   """The steps of one method for one set of models.
 
@@ -125,6 +126,7 @@ def make_steps(
     head_tile: completion positions whose logits exist at once.
     samples: completions a prompt.
     seed: of what the objective draws.
+    frozen_vision: no gradient is made for the student's vision features.
   """
 
   def readers(view: View) -> Mapping[str, Model]:
@@ -335,7 +337,8 @@ def make_steps(
   ) -> tuple[TrainState, Updated]:
     heads, rows = source_heads(state, given, scored), rows_of(batch, scored)
     n, images = objective.updates, own_images(batch)
-    see = lambda p: look(student, p, images, batch.tokens.shape[0])
+    still = lax.stop_gradient if frozen_vision else lambda p: p
+    see = lambda p: look(student, still(p), images, batch.tokens.shape[0])
     if n == 1:
       new, updated = update_once(state, rows, heads, see)
     else:

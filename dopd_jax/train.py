@@ -93,7 +93,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     held_out = dataset.open_held_out(config, pair.tokenizer)
 
     # ---------------------------------------------------------------- steps
-    tx = states.optimizer(config.optimizer, config.steps, objective.updates)
+    tx = states.optimizer(config.optimizer, config.steps, objective.updates, config.freeze)
     state = states.place(states.create(pair.student.params, tx, objective), mesh)
     given, resident = teachers.given(pair.given)
     pair = pair._replace(student=pair.student._replace(params=None))  # the state owns them now
@@ -176,6 +176,7 @@ def compile_steps(config: Config, pair: Pair, objective: Objective, tx: Any, sta
     head_tile=config.head_tile,
     samples=config.rollout.samples,
     seed=config.seed,
+    frozen_vision=config.freeze == 'vision',
   )
   where = jax.tree.map(lambda x: x.sharding, state)
   return steps._replace(

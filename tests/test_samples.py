@@ -381,3 +381,30 @@ def test_token_text_is_readable_on_every_regime(page, ink, tmp_path):
     fill = share * srgb(style.colour) + (1 - share) * srgb(page)
     low, high = sorted(TO_XYZ[1] @ linear(c) for c in (fill, srgb(ink)))
     assert (high + 0.05) / (low + 0.05) > 4.5  # WCAG 2 AA
+
+
+PIXEL = 'data:image/png;base64,iVBORw0KGgo='
+
+
+def test_a_picture_stands_with_its_boxes(tmp_path):
+  record = {
+    'id': 'a', 'prompt': 'where?', 'tokens': ['x'],
+    'pictures': [{'src': PIXEL, 'width': 40, 'height': 30, 'boxes': [[1, 2, 11, 22]],
+                  'labels': ['<b>digit']}],
+  }  # fmt: skip
+  page = Page(write_samples([record], tmp_path / 'page.html'))
+  (image,) = page.find('image')
+  assert page.elements[image][1]['href'] == PIXEL
+  (box,) = page.find('rect')
+  at = page.elements[box][1]
+  assert [float(at[k]) for k in ('x', 'y', 'width', 'height')] == [1, 2, 10, 20]
+  assert page.texts[box] == '<b>digit'
+  assert 'img-src data:' in page.source
+
+
+def test_a_picture_from_elsewhere_is_refused(tmp_path):
+  """The page must not ask anyone for anything."""
+  record = {'id': 'a', 'prompt': '', 'tokens': [], 'pictures': [
+    {'src': 'https://example.org/a.png', 'width': 1, 'height': 1}]}  # fmt: skip
+  with pytest.raises(ValueError, match='no data URI'):
+    write_samples([record], tmp_path / 'page.html')
