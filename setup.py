@@ -47,13 +47,17 @@ setuptools.setup(
     'msgpack>=1.1',  # records in array_record files
     'numpy>=2.0',
     'scipy>=1.14',  # Wilson intervals
+    'Pillow>=10.4',  # images
     'jaxtyping>=0.3',  # shapes in signatures
     'etils[epath]>=1.12',  # paths on disks and buckets alike
   ],
   extras_require={
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
-    'tasks': ['reasoning_gym>=0.1.25'],  # procedural problems with verifiers
+    'tasks': [
+      'reasoning_gym>=0.1.25',  # procedural problems with verifiers
+      'scikit-learn>=1.5',  # real handwritten digits for the image task
+    ],
     'gguf': ['gguf>=0.17'],  # llama.cpp's files in
     'test': [
       'pytest>=8',
@@ -61,6 +65,7 @@ setuptools.setup(
       'hypothesis>=6.100',
       'torch>=2.9',  # with transformers, the reference that weights and logits are held against
       'reasoning_gym>=0.1.25',
+      'scikit-learn>=1.5',
       'gguf>=0.17',
       'tensorboard>=2.19',  # reads the event files back
     ],
