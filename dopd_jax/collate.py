@@ -7,35 +7,41 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dopd_jax import sharding
-from dopd_jax.data import Example, pad_batch
+from dopd_jax import sharding, sight
+from dopd_jax.data import Example, Renderer, pad_batch
 from dopd_jax.rollout import Rollout, StopReason, bucket_length
+from dopd_jax.sight import Sight
 from dopd_jax.step import Batch, Prompt
 
 
 def prompts(
   examples: Sequence[Example],
-  contexts: Sequence[str],
+  names: Sequence[str],
   bucket: int,
   pad_id: int,
   fill: int = 0,
+  seen: Sight | None = None,
+  renderer: Renderer | None = None,
 ) -> dict[str, Prompt]:
-  """The prompts of a batch in each context, right-padded to a multiple of `bucket`, on the host.
+  """The prompts of a batch in each rendering, right-padded to a multiple of `bucket`, on the host.
 
   Args:
     examples: b of them.
-    contexts: 'plain', 'privileged'.
+    names: 'plain', 'privileged', and either with another image: 'plain+crop'.
     bucket: tokens; lengths within one bucket share a compilation.
     pad_id: what stands behind a prompt.
     fill: rows of the result; those past b are empty (length 0).
+    seen: how the policies see, where they do.
+    renderer: for renderings that the examples do not carry.
   """
   result = {}
-  for context in contexts:
-    rows = [e.prompt_ids if context == 'plain' else e.privileged_ids for e in examples]
+  for name in names:
+    rows = sight.ids(examples, name, seen, renderer)
     rows += [[]] * (fill - len(rows))
     P = bucket_length(max(map(len, rows)), bucket)
     tokens, valid = _padded(rows, P, pad_id)
-    result[context] = Prompt(tokens, valid.sum(1).astype(np.int32))
+    positions = sight.positions(examples, name, tokens, valid, seen)
+    result[name] = Prompt(tokens, valid.sum(1).astype(np.int32), positions)
   return result
 
 
@@ -66,10 +72,15 @@ def choose_context(
   coin = [np.random.default_rng([seed, e.draw]).random() < share for e in examples]
   plain, privileged = by_context['plain'], by_context['privileged']
   P = max(plain.tokens.shape[1], privileged.tokens.shape[1])
-  wide = [np.pad(x.tokens, ((0, 0), (0, P - x.tokens.shape[1]))) for x in (privileged, plain)]
-  tokens: Any = np.where(np.array(coin)[:, None], *wide)
-  length: Any = np.where(coin, privileged.length, plain.length)
-  return {'plain': Prompt(tokens, length)}
+
+  def choose(a: Any, b: Any) -> Any:
+    if a is None:
+      return None
+    if a.ndim > 1:
+      a, b = (np.pad(x, ((0, 0), (0, P - x.shape[1]), *((0, 0),) * (x.ndim - 2))) for x in (a, b))
+    return np.where(np.reshape(coin, (-1, *(1,) * (a.ndim - 1))), a, b)
+
+  return {'plain': Prompt(*map(choose, privileged, plain))}
 
 
 def put(tree: Any, mesh: jax.sharding.Mesh) -> Any:

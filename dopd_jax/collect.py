@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dopd_jax import collate, dataset, evaluation, policies, teachers
+from dopd_jax import collate, dataset, evaluation, policies, sight, teachers
 from dopd_jax.config import Config, micro_batches
 from dopd_jax.data import Example, Renderer
 from dopd_jax.objectives import Objective
@@ -42,41 +42,46 @@ def make_collect(config: Config, pair: Pair, objective: Objective, mesh: Any) ->
   r = config.rollout
   run_key = jax.random.key(config.seed)
   sample = make_sample(config, pair, objective, mesh)
-  renderer = dataset.renderer(config, pair.tokenizer)
-  given_contexts = sorted(objective.contexts - {'sibling'})
+  renderer = dataset.renderer(config, pair)
+  given_prompts = sorted(objective.prompts - {'sibling'})
 
-  def prompts(examples, contexts):
-    return collate.prompts(examples, contexts, config.data.prompt_bucket, pair.pad_id)
+  def prompts(examples, names):
+    bucket, pad_id = config.data.prompt_bucket, pair.pad_id
+    return collate.prompts(examples, names, bucket, pad_id, 0, pair.sight, renderer)
 
-  def batch_of(rows, by_context, rollout, supervised=None, reward=None):
+  def look(examples):
+    return collate.put(sight.images(examples, objective.images, pair.sight), mesh)
+
+  def batch_of(rows, by_context, images, rollout, supervised=None, reward: Any = None):
     several = pair.given.get('teacher', {})
-    teacher_rows = None
+    teacher_rows: Any = None
     if several and '' not in several:
       size = len(rows)
       at_once = size // micro_batches(size, config.microbatch)
       teacher_rows = teachers.rows_by_teacher([e.record for e in rows], sorted(several), at_once)
     by_context, reward = collate.put((by_context, reward), mesh)
     return collate.as_batch(by_context, rollout, supervised)._replace(
-      reward=reward, teacher_rows=teacher_rows
+      images=images, reward=reward, teacher_rows=teacher_rows
     )
 
   def from_data(examples):
-    by_context = prompts(examples, given_contexts)
+    by_context = prompts(examples, given_prompts)
     by_context = collate.choose_context(
       by_context, examples, objective.privileged_share, config.seed
     )
     completions = collate.fixed_completions(examples, r.max_new_tokens, pair.pad_id)
     rollout, supervised = collate.put(completions, mesh)
     rows = list(examples)
-    return Collected(rows, rollout, batch_of(rows, by_context, rollout, supervised), False)
+    batch = batch_of(rows, by_context, look(examples), rollout, supervised)
+    return Collected(rows, rollout, batch, False)
 
   def from_student(params, examples, step):
     rows = [e for e in examples for _ in range(r.samples)]
-    by_context = prompts(examples, given_contexts)
-    rollout = sample(params, by_context, examples, step)
+    by_context, images = prompts(examples, given_prompts), look(examples)
+    rollout = sample(params, by_context, images, examples, step)
     by_context = collate.repeat(by_context, r.samples)
     if not objective.rewards:
-      return Collected(rows, rollout, batch_of(rows, by_context, rollout), True)
+      return Collected(rows, rollout, batch_of(rows, by_context, images, rollout), True)
 
     tokens, mask = collate.mine((rollout.tokens, rollout.mask))
     texts = evaluation.decode(pair.tokenizer, tokens, mask)
@@ -87,7 +92,8 @@ def make_collect(config: Config, pair: Pair, objective: Objective, mesh: Any) ->
       hinted, has = rendered(renderer, hinted, has, policies.longest_prompt(config, objective))
       by_context['sibling'] = prompts(hinted, ['privileged'])['privileged']
       supervised &= collate.put(has, mesh)[:, None]
-    return Collected(rows, rollout, batch_of(rows, by_context, rollout, supervised, reward), True)
+    batch = batch_of(rows, by_context, images, rollout, supervised, reward)
+    return Collected(rows, rollout, batch, True)
 
   def collect(params, examples, step):
     if objective.source == 'data':
@@ -102,7 +108,7 @@ def make_collect(config: Config, pair: Pair, objective: Objective, mesh: Any) ->
 
 
 def make_sample(config: Config, pair: Pair, objective: Objective, mesh: Any) -> Callable:
-  """(params, prompts by context, examples, step) -> a Rollout on the mesh."""
+  """(params, prompts by name, images by view, examples, step) -> a Rollout on the mesh."""
   r = config.rollout
   sampling = Sampling(
     max_new_tokens=r.max_new_tokens,
@@ -116,20 +122,27 @@ def make_sample(config: Config, pair: Pair, objective: Objective, mesh: Any) -> 
   for note in sampling_notes(pair.student.generation_config, sampling):
     logging.info('%s', note)
   generate = evaluation.make_generate(
-    pair.student.model, sampling, pair.tokenizer, pair.stop_ids, pair.pad_id
+    pair.student.model,
+    sampling,
+    pair.tokenizer,
+    pair.stop_ids,
+    pair.pad_id,
+    sight.banned_ids(pair.sight),
   )
   run_key = jax.random.key(config.seed)
 
-  def sample(params, by_context, examples, step):
+  def sample(params, by_context, images, examples, step):
+    own = (images or {}).get(objective.student.image)
     index = np.array([e.draw for e in examples], np.uint32)
     key = jax.random.fold_in(run_key, step)
     once = r.prompts_at_once or len(examples)
     parts = []
     for i in range(0, len(examples), once):
       part = slice(i, i + once)
-      prompt = jax.tree.map(lambda x, part=part: x[part], by_context[objective.student.context])
+      prompt = jax.tree.map(lambda x, part=part: x[part], by_context[objective.student.prompt])
       prompt, numbers = collate.put((prompt, index[part]), mesh)
-      parts.append(generate(params, prompt, key, numbers))
+      shown = jax.tree.map(lambda x, part=part: x[part], own) if len(index) > once else own
+      parts.append(generate(params, prompt, key, numbers, shown))
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
   return sample

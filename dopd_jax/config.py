@@ -17,6 +17,20 @@ from dopd_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionArchitecture:
+  """A vision tower beside the decoder where `layers` is not 0; Qwen3-VL-shaped."""
+
+  layers: int = 0
+  width: int = 0
+  heads: int = 0
+  feed_forward: int = 0
+  deepstack: tuple = ()  # layers whose features also enter the first layers of the decoder
+  patch: int = 16  # pixels
+  merge: int = 2  # patches a side that become one token
+  positions: int = 48  # learned positions a side
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture:
   """A decoder made at random when `path` is empty; Qwen3-shaped."""
 
@@ -27,6 +41,7 @@ class Architecture:
   head_width: int = 0
   feed_forward: int = 0
   max_position: int = 4096
+  vision: VisionArchitecture = VisionArchitecture()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +62,11 @@ class Data:
   eval: str = ''  # held-out records with a verifier; '' for none
   columns: tuple = ()  # (('prompt', 'question'), ...): our column, theirs
   privileged: str = 'column'  # or 'none': both policies see an empty context
+  privileged_kind: str = 'column'  # or made of boxes, labels, caption, answer: `data.KINDS`
+  box_format: str = 'absolute'  # pixels of the image, or 'thousand' of its sides
+  min_pixels: int = 0  # of an image after resizing; 0 is what the image processor says
+  max_pixels: int = 0
+  patch_bucket: int = 256  # images are padded to a multiple: sizes within one share a compilation
   privileged_template: str = ''  # '' is the default wording
   thinking: bool = False
   max_prompt_tokens: int = 1024  # of the plain and of the privileged prompt
@@ -274,6 +294,9 @@ def _check(c: Config) -> None:
     'rollout.max_new_tokens': (c.rollout.max_new_tokens, 1),
     'data.max_prompt_tokens': (c.data.max_prompt_tokens, 1),
     'data.prompt_bucket': (c.data.prompt_bucket, 1),
+    'data.patch_bucket': (c.data.patch_bucket, 1),
+    'data.min_pixels': (c.data.min_pixels, 0),
+    'data.max_pixels': (c.data.max_pixels, 0),
     'optimizer.learning_rate': (c.optimizer.learning_rate, 0.0),
     'optimizer.warmup_steps': (c.optimizer.warmup_steps, 0),
     'optimizer.weight_decay': (c.optimizer.weight_decay, 0.0),
@@ -328,11 +351,6 @@ def _check_objective(c: Config) -> None:
     raise UserError(
       f'{name} compares the completions of one prompt: rollout.samples must be at least '
       f'{objective.least_samples}, not {samples}'
-    )
-  if missing := objective.images - {'full'}:
-    raise UserError(
-      f'{name} looks at the {" and ".join(sorted(missing))} image of a record, and no model here '
-      'reads images yet: choose another objective'
     )
   for rows in rows_of_batches(c, objective):
     share = rows // objective.updates

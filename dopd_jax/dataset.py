@@ -1,11 +1,10 @@
 """From what a config says to examples: sources, tasks, chat rendering, length limits."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
-from dopd_jax import tasks, teachers
+from dopd_jax import sight, tasks, teachers
 from dopd_jax.config import Config
 from dopd_jax.data import (
   DEFAULT_TEMPLATE,
@@ -19,22 +18,24 @@ from dopd_jax.data import (
 )
 from dopd_jax.errors import UserError
 from dopd_jax.objectives import Objective
+from dopd_jax.policies import Pair
 
 LOADERS = {'task': tasks.load}
 
 
-def renderer(config: Config, tokenizer: Any) -> Renderer:
+def renderer(config: Config, pair: Pair) -> Renderer:
   """How prompts become ids, for every policy."""
   template = config.data.privileged_template or DEFAULT_TEMPLATE
-  return Renderer(tokenizer, template, config.data.thinking)
+  inputs = pair.sight.inputs if pair.sight else None
+  return Renderer(pair.tokenizer, template, config.data.thinking, images=inputs)
 
 
-def open_pipeline(config: Config, tokenizer: Any, objective: Objective) -> Pipeline:
+def open_pipeline(config: Config, pair: Pair, objective: Objective) -> Pipeline:
   """The shuffled, resumable batches of the run; raises `UserError` as the parts do."""
   data = config.data
   pipeline = make_pipeline(
     data.stages or ((data.train, None),),
-    renderer(config, tokenizer),
+    renderer(config, pair),
     batch_size=config.rollout.prompts,
     seed=config.seed,
     max_prompt_tokens=data.max_prompt_tokens,
@@ -43,6 +44,8 @@ def open_pipeline(config: Config, tokenizer: Any, objective: Objective) -> Pipel
     privileged=_privileged(config, objective),
     columns=dict(data.columns),
     loaders=LOADERS,
+    privileged_kind=data.privileged_kind,
+    box_format=data.box_format,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
@@ -51,6 +54,7 @@ def open_pipeline(config: Config, tokenizer: Any, objective: Objective) -> Pipel
       f'data.stages last {pipeline.length} steps and steps is {config.steps}: make them equal'
     )
   records = [example.record for example in pipeline.examples()]
+  check_crops(config, pair, objective, list(pipeline.examples()))
   for record in records:
     if objective.source != 'student' and record.completion is None:
       raise UserError(
@@ -76,6 +80,21 @@ def open_pipeline(config: Config, tokenizer: Any, objective: Objective) -> Pipel
   return pipeline
 
 
+def check_crops(config: Config, pair: Pair, objective: Objective, examples: list[Example]) -> None:
+  """Raises `UserError` where a record can't be cropped, or its crop makes a prompt too long."""
+  for name in objective.prompts:
+    if name.endswith('+crop'):
+      limit = config.data.max_prompt_tokens
+      for example, ids in zip(
+        examples, sight.ids(examples, name, pair.sight, renderer(config, pair))
+      ):
+        if len(ids) > limit:
+          raise UserError(
+            f'record {example.record.id}: the prompt with the crop of its image has {len(ids)} '
+            f'tokens and data.max_prompt_tokens is {limit}; raise it or remove the record'
+          )
+
+
 def check_verifiers(records: Sequence[Record]) -> None:
   """Raises `UserError` for a verifier that does not exist or can't judge, before any step."""
   tried = set()
@@ -87,14 +106,14 @@ def check_verifiers(records: Sequence[Record]) -> None:
       raise UserError(f'record {record.id}: the verifier exact needs an answer; add this column')
 
 
-def open_held_out(config: Config, tokenizer: Any) -> list[Example]:
+def open_held_out(config: Config, pair: Pair) -> list[Example]:
   """The examples of `data.eval`; raises `UserError` if a record names no verifier."""
   data = config.data
   if not data.eval:
     return []
   examples = tokenise(
     open_source(data.eval, privileged='none', columns=dict(data.columns), loaders=LOADERS),
-    renderer(config, tokenizer),
+    renderer(config, pair),
     max_prompt_tokens=data.max_prompt_tokens,
     on_too_long=data.on_too_long,
     name=data.eval,

@@ -26,6 +26,7 @@ from dopd_jax import (
   policies,
   samples,
   sharding,
+  sight,
   teachers,
   token_records,
 )
@@ -68,7 +69,12 @@ def diagnose(config: Config, out: str, console: Console, microbatch: int = 8) ->
     with console.status(f'sampling and scoring {rows - fill} records'):
       by_context = collate.put(
         collate.prompts(
-          examples, sorted(objective.contexts), config.data.prompt_bucket, pair.pad_id
+          examples,
+          sorted(objective.prompts),
+          config.data.prompt_bucket,
+          pair.pad_id,
+          0,
+          pair.sight,
         ),
         mesh,
       )
@@ -76,10 +82,13 @@ def diagnose(config: Config, out: str, console: Console, microbatch: int = 8) ->
       alive = collate.put(np.arange(rows) < rows - fill, mesh)[:, None]
       batch = batch._replace(mask=batch.mask & alive, supervised=batch.supervised & alive)
       token, scored = score(config, pair, objective, batch, microbatch * mesh.size)
-      batch, scored, token, stop_reason = collate.fetch((batch, scored, token, stop_reason))
+      seen = (batch._replace(prompts={}, images=None), scored, token, stop_reason)
+      batch, scored, token, stop_reason = collate.fetch(seen)
 
   keep = lambda x: x[: rows - fill] if np.ndim(x) else x
-  batch, scored, token = jax.tree.map(keep, (batch._replace(prompts={}), scored, token))
+  batch, scored, token = jax.tree.map(
+    keep, (batch._replace(prompts={}, images=None), scored, token)
+  )
   examples = examples[: rows - fill]
   rewards = evaluation.rewards(
     examples, evaluation.decode(pair.tokenizer, batch.tokens, batch.mask)
@@ -98,7 +107,7 @@ def read_examples(config: Config, pair: policies.Pair) -> tuple[list[Example], C
   room = min(x.model.config.max_position_embeddings for x in pair.policies.values())
   examples = tokenise(
     open_source(config.data.train, loaders=dataset.LOADERS),
-    dataset.renderer(config, pair.tokenizer),
+    dataset.renderer(config, pair),
     max_prompt_tokens=sys.maxsize,
     max_completion_tokens=sys.maxsize,
     on_too_long='error',
@@ -138,6 +147,7 @@ def _with_ids(example: Example, live: int) -> Example:
 
 def complete(config: Config, pair: policies.Pair, mesh, examples, by_context):
   """The batch with the given completions, or with sampled ones; and why each row ended."""
+  images = collate.put(sight.images(examples, ['full'], pair.sight), mesh)
   N = config.rollout.max_new_tokens
   if examples[0].completion_ids is not None:
     rollout, _ = collate.fixed_completions(examples, N, pair.pad_id)
@@ -145,12 +155,18 @@ def complete(config: Config, pair: policies.Pair, mesh, examples, by_context):
   else:
     sampling = Sampling(max_new_tokens=N, temperature=config.rollout.temperature)
     generate = evaluation.make_generate(
-      pair.student.model, sampling, pair.tokenizer, pair.stop_ids, pair.pad_id
+      pair.student.model,
+      sampling,
+      pair.tokenizer,
+      pair.stop_ids,
+      pair.pad_id,
+      sight.banned_ids(pair.sight),
     )
     index = collate.put(np.array([e.index for e in examples], np.uint32), mesh)
     key = jax.random.key(config.seed)
-    rollout = generate(pair.student.params, by_context['plain'], key, index)
-  return collate.as_batch(by_context, rollout), rollout.stop_reason
+    shown = (images or {}).get('full')
+    rollout = generate(pair.student.params, by_context['plain'], key, index, shown)
+  return collate.as_batch(by_context, rollout)._replace(images=images), rollout.stop_reason
 
 
 def score(config: Config, pair: policies.Pair, objective, batch, microbatch: int):
@@ -168,6 +184,7 @@ def score(config: Config, pair: policies.Pair, objective, batch, microbatch: int
     live_vocab=len(pair.tokenizer),
     microbatch=microbatch,
     head_tile=config.head_tile,
+    banned_ids=sight.banned_ids(pair.sight),
   )
   state = states.create(student.params, tx, objective)
   scored = jax.jit(steps.score)(state, given, batch)

@@ -50,6 +50,8 @@ def export(workdir: str, out: str, which: str = 'last') -> int:
   state, _ = saves.restore(step, states.abstract(like))
   if jax.process_index() == 0:
     models.save(out, pair.student.model.config, state.params, tokenizer=pair.tokenizer)
+    if pair.sight:
+      pair.sight.inputs.processor.save(out)
   logging.info('Wrote step %d of %s to %s', step, workdir, out)
   return step
 

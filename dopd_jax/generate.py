@@ -16,7 +16,17 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from dopd_jax import cli, collate, dataset, evaluation, metrics, policies, sharding, workdirs
+from dopd_jax import (
+  cli,
+  collate,
+  dataset,
+  evaluation,
+  metrics,
+  policies,
+  sharding,
+  sight,
+  workdirs,
+)
 from dopd_jax.config import Config, Policy
 from dopd_jax.data import open_source, tokenise
 from dopd_jax.errors import UserError
@@ -47,7 +57,7 @@ def generate(
   room = pair.student.model.config.max_position_embeddings
   examples = tokenise(
     open_source(data, privileged='none', loaders=dataset.LOADERS),
-    dataset.renderer(config, pair.tokenizer),
+    dataset.renderer(config, pair),
     max_prompt_tokens=sys.maxsize,
     on_too_long='error',
     name=data,
@@ -62,7 +72,12 @@ def generate(
   for note in sampling_notes(pair.student.generation_config, sampling):
     console.print(note, highlight=False)
   step = evaluation.make_generate(
-    pair.student.model, sampling, pair.tokenizer, pair.stop_ids, pair.pad_id
+    pair.student.model,
+    sampling,
+    pair.tokenizer,
+    pair.stop_ids,
+    pair.pad_id,
+    sight.banned_ids(pair.sight),
   )
   rows = evaluation.rows_at_once(min(batch, len(examples)), mesh)
   key = jax.random.key(seed)
@@ -71,10 +86,13 @@ def generate(
     task = progress.add_task('generate', total=len(examples), rate='-')
     for i in range(0, len(examples), rows):
       chunk = examples[i : i + rows]
-      prompt = collate.prompts(chunk, ['plain'], config.data.prompt_bucket, pair.pad_id, rows)
+      prompt = collate.prompts(
+        chunk, ['plain'], config.data.prompt_bucket, pair.pad_id, rows, pair.sight
+      )
+      images = (sight.images(chunk, ['full'], pair.sight, rows) or {}).get('full')
       index = np.resize(np.array([e.index for e in chunk], np.uint32), rows)
-      prompt, index = collate.put((prompt['plain'], index), mesh)
-      rollout = collate.fetch(step(pair.student.params, prompt, key, index))
+      prompt, index, images = collate.put((prompt['plain'], index, images), mesh)
+      rollout = collate.fetch(step(pair.student.params, prompt, key, index, images))
       texts = evaluation.decode(pair.tokenizer, rollout.tokens, rollout.mask)
       for row in range(len(chunk) * sampling.num_samples):
         record, keep = chunk[row // sampling.num_samples].record, rollout.mask[row]

@@ -15,11 +15,13 @@ from absl import logging
 
 from dopd_jax import models, sharding, tasks, teachers
 from dopd_jax.cli import CACHE
-from dopd_jax.config import Config, Policy
+from dopd_jax.config import Architecture, Config, Policy
+from dopd_jax.data import ImageInputs, ImageProcessor
 from dopd_jax.errors import UserError
 from dopd_jax.models import Model
 from dopd_jax.objectives import Objective
 from dopd_jax.rollout import stop_ids_from, stop_ids_warning
+from dopd_jax.sight import Sight
 
 
 class Loaded(NamedTuple):
@@ -39,6 +41,7 @@ class Pair(NamedTuple):
   tokenizer: Any
   stop_ids: tuple[int, ...]
   pad_id: int
+  sight: Sight | None  # None: text alone
 
   @property
   def teacher(self) -> Loaded | None:
@@ -110,7 +113,47 @@ def load_pair(config: Config, mesh: jax.sharding.Mesh, weights: Collection[str] 
       )
     given['reference'] = {'': other(config.reference, 'reference')}
   pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-  return Pair(student, given, tokenizer, stops, pad if pad is not None else 0)
+  everyone = [student, *(loaded for by_name in given.values() for loaded in by_name.values())]
+  seen = load_sight(config, everyone, tokenizer)
+  return Pair(student, given, tokenizer, stops, pad if pad is not None else 0, seen)
+
+
+def load_sight(config: Config, everyone: list[Loaded], tokenizer: Any) -> Sight | None:
+  """How the policies see; None where one of them reads text alone.
+
+  Raises:
+    UserError: they cut images differently, or the tokenizer has no token for an image.
+  """
+  if any(loaded.model.config.vision is None for loaded in everyone):
+    return None
+  data, student = config.data, everyone[0].model.config
+  pixels: dict[str, Any] = {
+    'min_pixels': data.min_pixels or None,
+    'max_pixels': data.max_pixels or None,
+  }
+
+  def processor(loaded: Loaded) -> ImageProcessor:
+    if loaded.directory is not None:
+      return ImageProcessor.from_directory(str(loaded.directory), **pixels)
+    made = config.student.architecture.vision
+    given: dict[str, Any] = {name: value for name, value in pixels.items() if value}
+    return ImageProcessor(patch_size=made.patch, merge_size=made.merge, **given)
+
+  first, *rest = map(processor, everyone)
+  if any(other != first for other in rest):
+    raise UserError(
+      'the policies cut images differently (preprocessor_config.json): every one must see the same '
+      'patches, so choose models of one family, or set data.min_pixels and data.max_pixels'
+    )
+  if data.patch_bucket % first.merge_size**2:
+    raise UserError(
+      f'data.patch_bucket ({data.patch_bucket}) must be a multiple of {first.merge_size**2}, the '
+      'patches of one token'
+    )
+  token = student.image_token_id
+  if token is None or not 0 <= token < len(tokenizer):
+    raise UserError('the tokenizer has no token for an image: use that of the model that sees')
+  return Sight(ImageInputs(first, token), student, data.patch_bucket)
 
 
 def compute_dtype(name: str) -> Any:
@@ -160,9 +203,10 @@ def load_tokenizer(spec: Any) -> Any:
   if not spec:
     raise UserError('a student without a path needs a tokenizer: set config.tokenizer')
   if str(spec).startswith('task:'):
-    if spec != 'task:plan_execute':
-      raise UserError(f'{spec} has no tokenizer of its own: only task:plan_execute has one')
-    return tasks.plan_execute.tokenizer()
+    own = {'task:plan_execute': tasks.plan_execute, 'task:digits': tasks.digits}
+    if spec not in own:
+      raise UserError(f'{spec} has no tokenizer of its own: only {" and ".join(own)} have one')
+    return own[spec].tokenizer()
   import transformers  # slow to import, and only this needs it
 
   try:
@@ -267,4 +311,38 @@ def _random_config(policy: Policy, tokenizer: Any) -> models.DecoderConfig:
     eos_token_ids=(tokenizer.eos_token_id,),
     bos_token_id=tokenizer.bos_token_id,
     pad_token_id=tokenizer.pad_token_id,
+    **_random_vision(a, tokenizer),
   )
+
+
+def _random_vision(a: Architecture, tokenizer: Any) -> dict[str, Any]:
+  """The fields of a decoder that sees, none where the tower has no layers."""
+  v = a.vision
+  if not v.layers:
+    return {}
+  third = a.head_width // 2 * 5 // 16  # as 64 is cut into 24, 20 and 20
+  ids = {
+    f'{name}_token_id': tokenizer.convert_tokens_to_ids(f'<|{word}|>')
+    for name, word in (
+      ('image', 'image_pad'),
+      ('video', 'video_pad'),
+      ('vision_start', 'vision_start'),
+      ('vision_end', 'vision_end'),
+    )
+  }
+  return {
+    'vision': models.VisionConfig(
+      depth=v.layers,
+      hidden_size=v.width,
+      intermediate_size=v.feed_forward,
+      num_heads=v.heads,
+      out_hidden_size=a.width,
+      deepstack_indexes=v.deepstack,
+      patch_size=v.patch,
+      spatial_merge_size=v.merge,
+      num_position_embeddings=v.positions**2,
+      initializer_range=v.width**-0.5,
+    ),
+    'mrope_section': (a.head_width // 2 - 2 * third, third, third),
+    **ids,
+  }

@@ -31,6 +31,21 @@ RULES = (
   (r'layers/attention/[qk]_norm', P(None, None)),  # L H
   (r'layers/mlp/(gate|up)_proj', P(None, 'fsdp', 'tensor')),  # L D F
   (r'layers/mlp/down_proj', P(None, 'tensor', 'fsdp')),  # L F D
+  # The vision tower of Qwen3-VL.
+  (r'vision/patch_proj', P(None, 'fsdp')),  # C W
+  (r'vision/position_embedding', P(None, 'fsdp')),  # (rows and columns of a grid) W
+  (r'vision/(patch_bias|merger/(norm|norm_bias|(up|down)_bias))', P(None)),  # W
+  (r'vision/blocks/(attention|mlp)_norm(_bias)?', P(None, None)),  # L W
+  (r'vision/blocks/attention/qkv_proj', P(None, 'fsdp', None, 'tensor', None)),  # L W 3 Q H
+  (r'vision/blocks/attention/o_proj', P(None, 'tensor', None, 'fsdp')),  # L Q H W
+  (r'vision/blocks/mlp/up_proj', P(None, 'fsdp', 'tensor')),  # L W F
+  (r'vision/blocks/mlp/down_proj', P(None, 'tensor', 'fsdp')),  # L F W
+  (r'vision/blocks/(attention/(qkv|o)|mlp/(up|down))_bias', P(None, None)),  # L W
+  (r'vision/merger/up_proj', P('fsdp', 'tensor')),  # (patches of a feature) W, the same
+  (r'vision/merger/down_proj', P('tensor', 'fsdp')),  # (patches of a feature) W, D
+  (r'vision/deepstack_mergers/(norm|norm_bias|(up|down)_bias)', P(None, None)),  # K W
+  (r'vision/deepstack_mergers/up_proj', P(None, 'fsdp', 'tensor')),
+  (r'vision/deepstack_mergers/down_proj', P(None, 'tensor', 'fsdp')),
 )
 
 

@@ -32,7 +32,10 @@ def optimizer(
   norm and does not move.
   """
   by_step = learning_rate(cfg, steps)
-  schedule = by_step if updates == 1 else lambda count: by_step(count // updates)
+
+  def schedule(count: Any):
+    return by_step(count // updates)
+
   adamw = optax.adamw(
     schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=_decays
   )

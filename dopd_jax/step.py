@@ -10,12 +10,14 @@ exist for `head_tile` completion positions of a micro-batch at once, in float32,
 in the backward pass. Rows are dealt to micro-batches like cards, so that each device keeps its own.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -109,6 +111,7 @@ def make_steps(
   samples: int = 1,
   seed: int = 0,
   frozen_vision: bool = False,
+  banned_ids: Sequence[int] = (),
 ) -> Steps:
   """The steps of one method for one set of models.
 
@@ -127,7 +130,9 @@ def make_steps(
     samples: completions a prompt.
     seed: of what the objective draws.
     frozen_vision: no gradient is made for the student's vision features.
+    banned_ids: ids that the sampler never draws; every policy gives them probability 0 here too.
   """
+  banned = np.isin(np.arange(live_vocab), np.array(banned_ids, np.int64))
 
   def readers(view: View) -> Mapping[str, Model]:
     return {'': student} if view.weights in OWN else models[view.weights]
@@ -144,7 +149,9 @@ def make_steps(
       logits = jnp.einsum(
         'BND,DV->BNV', h, head.astype(h.dtype), preferred_element_type=jnp.float32
       )
-      return logits[..., :live_vocab]
+      logits = logits[..., :live_vocab]
+      # Finite, so that 0 * log 0 stays 0 everywhere; its exponential is exactly 0.
+      return jnp.where(banned, -1e9, logits) if banned_ids else logits
 
     first, *rest = [one(h, heads[reader]) for reader, h in hidden.items()]
     return sum(rest, first)
@@ -153,8 +160,8 @@ def make_steps(
     """Vision features of every row, made once for the rows of a prompt; None without images."""
     if images is None:
       return None
-    b = _rows(images)
-    see = lambda x: model.see(params, x)
+    assert model.see is not None, 'images are for a model that sees'
+    b, see = _rows(images), functools.partial(model.see, params)
     passes = math.gcd(micro_batches(rows, microbatch), b)
     features = _gather(lax.map(see, _deal(images, passes)), passes)
     return jax.tree.map(lambda x: jnp.repeat(x, rows // b, axis=0), features)
@@ -291,7 +298,8 @@ def make_steps(
     heads, head = source_heads(state, given, scored), student.head(state.params)
 
     def rows(x):
-      hidden = trunk(student, state.params, *x[0], x[2])
+      prompt, tokens, mask = x[0]
+      hidden = trunk(student, state.params, prompt, tokens, mask, x[2])
       return head_loss(head, hidden, heads, x[1])[1]
 
     seen = look(student, state.params, own_images(batch), batch.tokens.shape[0])
@@ -307,11 +315,11 @@ def make_steps(
 
     def micro(carry, x):
       grads, head_grads, total = carry
-      *x, features = x
-      forward = lambda p, features: trunk(student, p, *x[0], features)
+      (prompt, tokens, mask), for_head, features = x
+      forward = lambda p, features: trunk(student, p, prompt, tokens, mask, features)
       hidden, trunk_vjp = jax.vjp(forward, state.params, features)
       (loss, seen), (d_head, d_hidden) = jax.value_and_grad(head_loss, (0, 1), has_aux=True)(
-        head, hidden, heads, x[1]
+        head, hidden, heads, for_head
       )
       d_params, d_features = trunk_vjp(d_hidden)
       grads = jax.tree.map(jnp.add, grads, d_params)

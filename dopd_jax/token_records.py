@@ -1,11 +1,15 @@
 """One completion as a person reads it: ids, pieces of text, and what the policies say of each."""
 
+import base64
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from dopd_jax.data import Example
+from dopd_jax.data import Example, read_image
+from dopd_jax.data.boxes import to_pixels
+from dopd_jax.data.chat import IMAGE_MARKER
 from dopd_jax.objectives import Objective
 from dopd_jax.step import Batch, Scored, TokenView
 
@@ -33,7 +37,8 @@ def describe(
   Returns:
     Mappings with `id`, `prompt`, `privileged_context`, `completion_ids`, `tokens` (text pieces),
     `student_logp`, `privileged_student_logp`, `privileged_teacher_logp` (nats; those that the
-    objective scores), `gap`, `regime` (names), `loss` (nats, weighted), `stop_reason`, `reward`.
+    objective scores), `gap`, `regime` (names), `loss` (nats, weighted), `stop_reason`, `reward`,
+    `pictures` (data URIs of the images with their boxes).
   """
   regimes = [*objective.regimes, 'MASKED']  # -1 reads the last
   arrays = {'student_logp': token.logp, 'loss': token.loss, **scored.plan.token}
@@ -49,6 +54,7 @@ def describe(
         'step': step,
         'prompt': _text(example.record.prompt),
         'privileged_context': example.record.privileged_context,
+        'pictures': pictures(example),
         'completion_ids': ids,
         'tokens': [tokenizer.decode([i]) for i in ids],
         **{name: values[b][keep].astype(float).tolist() for name, values in arrays.items()},
@@ -60,7 +66,33 @@ def describe(
   return records
 
 
+def pictures(example: Example, side: int = 512) -> list[dict[str, Any]]:
+  """The images of a record for samples.html, at most `side` pixels long, with their boxes."""
+  record, found = example.record, []
+  for source in example.images:
+    image = read_image(source, f'record {record.id}')
+    boxes = to_pixels(record.boxes or (), record.box_format or 'absolute', image.size)
+    scale = min(1.0, side / max(image.size))
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, 'PNG')
+    found.append(
+      {
+        'src': f'data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}',
+        'width': image.width,
+        'height': image.height,
+        'boxes': [[scale * v for v in box] for box in boxes],
+        'labels': list(record.labels or [''] * len(boxes)),
+      }
+    )
+  return found
+
+
 def _text(prompt: Any) -> str:
+  """A prompt for people; an image in it is a word."""
   if isinstance(prompt, str):
     return prompt
-  return '\n\n'.join(f'{message["role"]}: {message["content"]}' for message in prompt)
+  content = lambda x: (
+    x if isinstance(x, str) else ''.join(part.get('text', IMAGE_MARKER) for part in x)
+  )
+  return '\n\n'.join(f'{message["role"]}: {content(message["content"])}' for message in prompt)

@@ -35,6 +35,7 @@ from dopd_jax import (
   policies,
   probe,
   sharding,
+  sight,
   teachers,
   token_records,
   workdirs,
@@ -87,10 +88,11 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     stack.enter_context(jax.set_mesh(mesh))
     pair = policies.load_pair(config, mesh, probe.weights(config, objective))
     policies.check_context(config, objective, pair)
+    sight.check(objective, pair.sight)
 
     # ---------------------------------------------------------------- data
-    pipeline = dataset.open_pipeline(config, pair.tokenizer, objective)
-    held_out = dataset.open_held_out(config, pair.tokenizer)
+    pipeline = dataset.open_pipeline(config, pair, objective)
+    held_out = dataset.open_held_out(config, pair)
 
     # ---------------------------------------------------------------- steps
     tx = states.optimizer(config.optimizer, config.steps, objective.updates, config.freeze)
@@ -174,6 +176,7 @@ def compile_steps(config: Config, pair: Pair, objective: Objective, tx: Any, sta
     live_vocab=len(pair.tokenizer),
     microbatch=config.microbatch,
     head_tile=config.head_tile,
+    banned_ids=sight.banned_ids(pair.sight),
     samples=config.rollout.samples,
     seed=config.seed,
     frozen_vision=config.freeze == 'vision',
@@ -195,10 +198,22 @@ def make_judge(config: Config, pair: Pair, held_out: Sequence[Example], mesh: An
     min(len(held_out) or 1, config.rollout.prompts * config.rollout.samples), mesh
   )
   judge = evaluation.Judge(
-    held_out, pair.tokenizer, mesh, rows, config.data.prompt_bucket, pair.pad_id, config.seed
+    held_out,
+    pair.tokenizer,
+    mesh,
+    rows,
+    config.data.prompt_bucket,
+    pair.pad_id,
+    config.seed,
+    pair.sight,
   )
   one = lambda model: evaluation.make_generate(
-    model, sampling, pair.tokenizer, pair.stop_ids, pair.pad_id
+    model,
+    sampling,
+    pair.tokenizer,
+    pair.stop_ids,
+    pair.pad_id,
+    sight.banned_ids(pair.sight),
   )
   student = one(pair.student.model)
 
@@ -236,7 +251,7 @@ def finish(
   collected = done.collected
   batch, scored, updated, stop_reason = collate.fetch(
     (
-      collected.batch._replace(prompts={}, teacher_rows=None),
+      collected.batch._replace(prompts={}, images=None, teacher_rows=None),
       done.scored,
       done.updated,
       collected.rollout.stop_reason,
@@ -282,7 +297,7 @@ def show(pair: Pair, objective: Objective, done: InFlight, count: int) -> list[d
     lambda x: x[:count] if x.ndim else x,
     collate.fetch(
       (
-        collected.batch._replace(prompts={}, teacher_rows=None),
+        collected.batch._replace(prompts={}, images=None, teacher_rows=None),
         done.scored,
         done.updated.token,
         collected.rollout.stop_reason,

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from dopd_jax import collect, dataset, evaluation, policies, sharding
 from dopd_jax import config as configs
@@ -11,13 +12,19 @@ from dopd_jax.data import Example, Record
 from tests import pairs
 
 
+@pytest.fixture(autouse=True)
+def mesh():
+  """What a run has around it; it must not outlive the test."""
+  with jax.set_mesh(sharding.make_mesh(1, -1, 1)):
+    yield
+
+
 def world(method, **changes):
   config = configs.validate(pairs.config(method, **changes))
   objective = config.objective.build()
   mesh = sharding.make_mesh(1, -1, 1)
-  jax.set_mesh(mesh)
   pair = policies.load_pair(config, mesh, objective.weights)
-  pipeline = dataset.open_pipeline(config, pair.tokenizer, objective)
+  pipeline = dataset.open_pipeline(config, pair, objective)
   return config, pair, pipeline, collect.make_collect(config, pair, objective, mesh)
 
 
@@ -74,7 +81,7 @@ def test_sdpo_keeps_ids_and_masks_rows_without_a_sibling(monkeypatch):
   texts = evaluation.decode(
     pair.tokenizer, np.asarray(got.rollout.tokens), np.asarray(got.rollout.mask)
   )
-  renderer = dataset.renderer(config, pair.tokenizer)
+  renderer = dataset.renderer(config, pair)
   prompt = got.batch.prompts['sibling']
   for row, supervised in enumerate(np.asarray(got.batch.supervised)):
     hint = texts[row - row % 4] if row % 4 else ''

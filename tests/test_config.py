@@ -23,7 +23,8 @@ def load(name, arg=''):
 def test_every_config_is_valid_and_has_a_smoke_variant(path, arg):
   config = configs.validate(load(path.stem, arg))
   if arg:
-    assert config.steps <= 2
+    # On images it is long enough to see accuracy move.
+    assert config.steps <= (40 if path.stem == 'vlm' else 2)
 
 
 def test_the_papers_settings():
@@ -80,7 +81,6 @@ def test_published_settings():
     ('eopd', {'objective.clip_low': -0.1}, 'clip_low must be at least 0'),
     ('exopd', {'objective.reference': 'base'}, 'objective.reference must be one of'),
     ('opd', {'objective.teacher_context': 'hint'}, 'teacher_context must be one of plain, priv'),
-    ('vision_opd', {}, 'looks at the crop image of a record, and no model here reads images'),
   ],
 )
 def test_combinations_that_make_no_sense(method, changes, sentence):

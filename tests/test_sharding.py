@@ -69,7 +69,7 @@ def test_every_parameter_matches_exactly_one_rule(name):
 
 def test_every_rule_is_used():
   names = set()
-  for config in (tiny.config('qwen3-untied'), tiny.config('llama')):
+  for config in (tiny.config('qwen3-untied'), tiny.config('llama'), PRESETS['qwen3-vl-2b']):
     leaves = jax.tree_util.tree_leaves_with_path(shapes(config))
     names |= {jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves}
   used = [any(sharding.spec(name) is rule for name in names) for _, rule in sharding.RULES]

@@ -16,6 +16,8 @@ import numpy as np
 from absl import logging
 
 from dopd_jax.data.chat import Renderer
+from dopd_jax.data.image_inputs import examine_all, with_context
+from dopd_jax.data.images import Grid, Size
 from dopd_jax.data.records import Record
 from dopd_jax.data.sources import Loader, open_source
 from dopd_jax.errors import UserError
@@ -37,6 +39,10 @@ class Example:
       the data (one value a token, the stop token optional); None means all.
     draw: index + epoch * records in the source: a record drawn twice into one batch, at the turn of
       an epoch or where a batch is larger than the data, differs here. Fold this into sampling keys.
+    images: where the record's images come from, not decoded; `example_images` gives their patches.
+    grids: (t, h, w) of each image as both prompts have it: the full image.
+    sizes: (width, height) of each image, pixels.
+    digest: identity of the images, '' without any.
   """
 
   index: int
@@ -46,6 +52,10 @@ class Example:
   completion_ids: list[int] | None = None
   completion_mask: list[bool] | None = None
   draw: int = 0
+  images: tuple[Any, ...] = ()
+  grids: tuple[Grid, ...] = ()
+  sizes: tuple[Size, ...] = ()
+  digest: str = ''
 
 
 class Dropped(NamedTuple):
@@ -78,8 +88,11 @@ def tokenise(
   max_completion_tokens: int | None = None,
   on_too_long: str = 'drop',
   name: str = 'the data',
+  privileged_kind: str = 'column',
 ) -> Tokenised:
   """Renders all records, and drops or refuses what is too long; nothing is ever cut.
+
+  A prompt that is too long because of its images goes as a whole, with its images.
 
   Args:
     records: in the order that gives each its index.
@@ -89,14 +102,19 @@ def tokenise(
       completions aside (`completion_ids` is None).
     on_too_long: 'drop', and count, or 'error'.
     name: of the data, in messages.
+    privileged_kind: 'column' takes the contexts as they are, a key of `boxes.KINDS` makes them.
 
   Raises:
-    UserError: on_too_long='error' and a record is too long; or nothing is left.
+    UserError: on_too_long='error' and a record is too long; or nothing is left; or an image or a
+      box is at fault.
   """
   if on_too_long not in ('drop', 'error'):
     raise UserError(f"data.on_too_long is 'drop' or 'error', not {on_too_long!r}.")
   examples, dropped, unknown = [], Dropped(), []
-  for example in _render_all(records, renderer, max_completion_tokens is not None):
+  rendered = _render_all(
+    records, renderer, max_completion_tokens is not None, privileged_kind, max_prompt_tokens
+  )
+  for example in rendered:
     record = example.record
     if _has_unknown(example, renderer.tokenizer):
       unknown.append(record.id)
@@ -260,6 +278,8 @@ def make_pipeline(
   privileged: str = 'column',
   columns: Mapping[str, str] | None = None,
   loaders: Mapping[str, Loader] | None = None,
+  privileged_kind: str = 'column',
+  box_format: str = 'absolute',
   process_index: int = 0,
   process_count: int = 1,
 ) -> Pipeline:
@@ -272,12 +292,20 @@ def make_pipeline(
   for spec, _ in stages:
     if spec not in tokenised:
       tokenised[spec] = tokenise(
-        open_source(spec, privileged=privileged, columns=columns, loaders=loaders),
+        open_source(
+          spec,
+          privileged=privileged,
+          columns=columns,
+          loaders=loaders,
+          privileged_kind=privileged_kind,
+          box_format=box_format,
+        ),
         renderer,
         max_prompt_tokens=max_prompt_tokens,
         max_completion_tokens=max_completion_tokens,
         on_too_long=on_too_long,
         name=spec,
+        privileged_kind='none' if privileged == 'none' else privileged_kind,
       )
   return Pipeline(
     [(tokenised[spec], steps) for spec, steps in stages],
@@ -320,22 +348,45 @@ def pad_batch(
 
 
 def _render_all(
-  records: Sequence[Record], renderer: Renderer, with_completion: bool
+  records: Sequence[Record],
+  renderer: Renderer,
+  with_completion: bool,
+  privileged_kind: str,
+  max_prompt_tokens: int,
 ) -> Iterator[Example]:
   for start in range(0, len(records), _CHUNK):
     chunk = [records[i] for i in range(start, min(start + _CHUNK, len(records)))]
+    pictured = any(record.images for record in chunk)
+    inputs = renderer.images if pictured else None
+    pictures = list(examine_all(chunk, inputs, max_prompt_tokens))
+    chunk = [with_context(r, privileged_kind, p.sizes) for r, p in zip(chunk, pictures)]
+    grids: dict[str, Any] = {'grids': [p.grids for p in pictures]} if pictured else {}
     completions = renderer.completion_batch(chunk) if with_completion else [None] * len(chunk)
-    plain = privileged = renderer.plain_batch(chunk)
+    plain = privileged = renderer.plain_batch(chunk, **grids)
     if any((record.privileged_context or '').strip() for record in chunk):
-      privileged = renderer.privileged_batch(chunk)
-    columns = zip(chunk, plain, privileged, completions)
-    for index, (record, prompt_ids, privileged_ids, completion_ids) in enumerate(columns, start):
+      privileged = renderer.privileged_batch(chunk, **grids)
+    columns = zip(chunk, pictures, plain, privileged, completions)
+    for index, (record, seen, prompt_ids, privileged_ids, completion_ids) in enumerate(
+      columns, start
+    ):
       if not prompt_ids:
         raise UserError(
           f'Record {record.id}: the prompt has no tokens; write one or remove the record.'
         )
       mask = _completion_mask(record, completion_ids)
-      yield Example(index, record, prompt_ids, privileged_ids, completion_ids, mask, draw=index)
+      yield Example(
+        index,
+        record,
+        prompt_ids,
+        privileged_ids,
+        completion_ids,
+        mask,
+        draw=index,
+        images=record.images,
+        grids=seen.grids,
+        sizes=seen.sizes,
+        digest=seen.digest,
+      )
 
 
 def _completion_mask(record: Record, ids: list[int] | None) -> list[bool] | None:
@@ -379,4 +430,7 @@ def _fingerprint(stages: Sequence[tuple[Tokenised, int | None]], batch_size: int
       parts = [example.prompt_ids, example.privileged_ids, example.completion_ids or []]
       for part in ([example.index], *parts):
         digest.update(np.array([len(part), *part], '<i8').tobytes())
+      if example.digest:
+        pictured = f'{example.digest} {example.grids} {example.record.boxes}'
+        digest.update(pictured.encode())
   return digest.hexdigest()

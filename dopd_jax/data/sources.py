@@ -1,6 +1,25 @@
-"""Where records come from: files, tensorflow-datasets, and schemes that the caller brings."""
+"""Where records come from: files, tensorflow-datasets, and schemes that the caller brings.
+
+Public data with boxes map to our columns (id, prompt, images, boxes, labels, answer) as follows; a
+loader of ten lines does it, `open_source('coco:...', loaders={'coco': load})`.
+
+COCO, instances_*.json: images = the path of `images[i].file_name`; boxes and labels of the
+`annotations` with this image_id and iscrowd 0, as [x, y, x + w, y + h] of their bbox [x, y, w, h],
+in pixels, with the name of their category_id; caption = one of captions_*.json. The question is
+yours.
+
+RefCOCO, tensorflow-datasets `ref_coco` (manual download): images = `image`, already pixels; one
+record for each raw text of `objects/refexp`, which the prompt asks for; labels = [that text]; boxes
+from `objects/bbox`, which is [ymin, xmin, ymax, xmax] in 0 to 1, as [1000 * v for v in (xmin, ymin,
+xmax, ymax)] with box_format 'thousand'. The same holds of every tfds BBoxFeature (coco, voc).
+
+GQA: prompt = `question`, answer = `answer`, images = images/IMAGEID.jpg; the values of
+`annotations.question` and `annotations.answer` are object ids, which the scene graph of that image
+has under `objects` with name, x, y, w, h: boxes = [x, y, x + w, y + h], labels = [name].
+"""
 
 import glob
+import io
 import json
 import os
 import re
@@ -10,7 +29,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from dopd_jax.data.images import read_image
 from dopd_jax.data.records import Record, check_columns, parse_record
 from dopd_jax.errors import UserError
 
@@ -21,20 +42,21 @@ FORMATS = 'a .jsonl, .parquet or .array_record file, or tfds:NAME:SPLIT'
 
 
 class Rows(NamedTuple):
-  """Rows with random access, what they are called, and what one row is called in errors."""
+  """Rows with random access, what they are called, what one row is called in errors, and where."""
 
   rows: Sequence[Any]
   name: str
   place: Callable[[int], str]
+  folder: str = ''  # where relative paths in the rows start
 
 
 class Source(Sequence[Record]):
   """Records with random access; a row is read and parsed when it is asked for."""
 
-  def __init__(self, parts: Sequence[Rows], privileged: str, columns: Mapping[str, str] | None):
+  def __init__(self, parts: Sequence[Rows], **options: Any):
     self._parts = [part for part in parts if len(part.rows)]
     self._ends = list(accumulate(len(part.rows) for part in self._parts))
-    self._options = {'privileged': privileged, 'columns': columns}
+    self._options = options
 
   def __len__(self) -> int:
     return self._ends[-1] if self._ends else 0
@@ -46,7 +68,13 @@ class Source(Sequence[Record]):
       raise IndexError(f'record {index} of {len(self)}')
     part, row = self._locate(index % len(self))
     place = part.place(row)
-    return parse_record(part.rows[row], place, default_id=place.replace(' ', '-'), **self._options)
+    return parse_record(
+      part.rows[row],
+      place,
+      default_id=place.replace(' ', '-'),
+      folder=part.folder,
+      **self._options,
+    )
 
   def place(self, index: int) -> str:
     """Where the record comes from: 'train.jsonl line 3'."""
@@ -64,6 +92,8 @@ def open_source(
   privileged: str = 'column',
   columns: Mapping[str, str] | None = None,
   loaders: Mapping[str, Loader] | None = None,
+  privileged_kind: str = 'column',
+  box_format: str = 'absolute',
 ) -> Source:
   """Opens a source and checks all of its records.
 
@@ -74,12 +104,21 @@ def open_source(
     privileged: 'column', or 'none' for empty privileged contexts.
     columns: our column name -> the name it has in these data, {'prompt': 'question'}.
     loaders: scheme -> function from REST to rows (mappings with our columns).
+    privileged_kind: 'column' wants the contexts in the data; a key of `boxes.KINDS` wants what it
+      takes instead, and `tokenise` (with the same option) makes the contexts of it.
+    box_format: of boxes in rows without that column: 'absolute' (pixels) or 'thousand' (0 to 1000).
 
   Raises:
     UserError: no such source, a broken row (with its line or number), two records with one id.
   """
   check_columns(columns)
-  source = Source(_open(spec, loaders or {}), privileged, columns)
+  source = Source(
+    _open(spec, loaders or {}),
+    privileged=privileged,
+    columns=columns,
+    privileged_kind=privileged_kind,
+    box_format=box_format,
+  )
   if not len(source):
     raise UserError(f'{spec} holds no records.')
   first: dict[str, int] = {}
@@ -94,7 +133,10 @@ def open_source(
 
 
 def write_array_record(records: Iterable[Record | Mapping[str, Any]], path: str) -> int:
-  """Writes records as msgpack maps of their columns, one an entry; returns how many."""
+  """Writes records as msgpack maps of their columns, one an entry; returns how many.
+
+  Images given as pixels become PNG; those given as paths stay paths.
+  """
   import msgpack
   from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -103,12 +145,23 @@ def write_array_record(records: Iterable[Record | Mapping[str, Any]], path: str)
   count = 0
   for record in records:
     if isinstance(record, Record):
-      own = {k: v for k, v in vars(record).items() if k != 'extra' and v is not None}
+      own = {k: v for k, v in vars(record).items() if k != 'extra' and v not in (None, ())}
+      if record.images:
+        own['images'] = [_packable(image) for image in record.images]
       record = {**record.extra, **own}
     writer.write(msgpack.packb(dict(record), use_bin_type=True))
     count += 1
   writer.close()
   return count
+
+
+def _packable(source: Any) -> Any:
+  """An image as msgpack can hold it."""
+  if isinstance(source, Image.Image | np.ndarray):
+    file = io.BytesIO()
+    read_image(source).save(file, 'PNG')
+    return file.getvalue()
+  return os.fspath(source) if isinstance(source, os.PathLike) else source
 
 
 def _open(spec: str, loaders: Mapping[str, Loader]) -> list[Rows]:
@@ -123,7 +176,7 @@ def _open(spec: str, loaders: Mapping[str, Loader]) -> list[Rows]:
   if not paths:
     schemes = ''.join(f', or {name}:...' for name in loaders)
     raise UserError(f'There is no data source {spec!r}: name {FORMATS}{schemes}.')
-  return [_file(path) for path in paths]
+  return [_file(path)._replace(folder=os.path.dirname(path)) for path in paths]
 
 
 def _file(path: str) -> Rows:

@@ -1,9 +1,11 @@
-"""The decoder of Qwen3 and Llama: Flax NNX definitions, and pure functions of a parameter tree.
+"""The decoder of Qwen3, Llama and Qwen3-VL: Flax NNX definitions, and pure functions of parameters.
 
     x = E[tokens];  x += attention(norm(x));  x += mlp(norm(x)), L times;  hidden = norm(x)
 
 `build` splits the module once and merges it inside a pure `forward`, so that parameters are a plain
-nested dict of arrays. Blocks are stacked ([L, ...] leaves) and run by `jax.lax.scan`.
+nested dict of arrays. Blocks are stacked ([L, ...] leaves) and run by `jax.lax.scan`. With images,
+features of the vision tower take the place of the embeddings of their placeholders, and those of
+`deepstack` are added behind the first blocks (Meng et al. 2024).
 """
 
 import dataclasses
@@ -19,6 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dopd_jax.errors import UserError
 from dopd_jax.models import layers
 from dopd_jax.models.config import DecoderConfig
+from dopd_jax.models.parameters import cast, matrix, ones
+from dopd_jax.models.vision import Features, Images, VisionConfig, VisionTower
 from dopd_jax.sharding import constrain_rows
 
 Params = dict[str, Any]
@@ -37,16 +41,22 @@ class Cache(NamedTuple):
 class Model(NamedTuple):
   """Pure functions of a parameter tree.
 
-  init(key) -> params                      random, float32
-  forward(params, tokens [B, T], valid [B, T], positions=None, cache=None) -> (hidden, cache)
+  init(key) -> params                      random, float32; a vision tower's under 'vision'
+  forward(params, tokens [B, T], valid [B, T], positions=None, cache=None, features=None)
+      -> (hidden, cache)
       hidden [B, T, D] after the final norm, in the compute dtype. Logits are `hidden @ head`, with
       `preferred_element_type=float32`. Padding (not valid) may be on either side: nothing looks at
       it, and its own rows are finite and mean nothing. `positions` [B, T] int32 default to the
       running count of valid tokens, continued from the cache. With a cache, tokens are written to
       columns index .. index + T - 1 (the caller keeps index + T <= S: under jit nobody else can)
       and column c looks at valid columns <= c; without one, the returned cache is None.
+      With images, `features` is what `see` gives, and `positions` [B, T, 3] what
+      `models.vision_positions` gives: the k-th valid image or video id of a row is replaced by
+      feature k of the row. Their number is the caller's to keep: an id without a feature meets
+      zeros. Decoding goes on as for text, from the largest position of the row.
   init_cache(batch, length) -> Cache       empty, in the compute dtype
   head(params) -> [D, V]                   tied: the embedding table transposed
+  see(params, images) -> Features          the vision tower; None for a model of text alone
   """
 
   config: DecoderConfig
@@ -54,6 +64,7 @@ class Model(NamedTuple):
   forward: Callable[..., tuple[Array, Cache | None]]
   init_cache: Callable[[int, int], Cache]
   head: Callable[[Params], Array]
+  see: Callable[[Params, Images], Features] | None = None
 
 
 def build(config: DecoderConfig, *, compute_dtype: Any = jnp.float32, remat: bool = True) -> Model:
@@ -66,14 +77,22 @@ def build(config: DecoderConfig, *, compute_dtype: Any = jnp.float32, remat: boo
   """
 
   def init(key):
-    return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+    if config.vision is not None:
+      rngs = nnx.Rngs(params=jax.random.fold_in(key, 1))
+      tower = VisionTower(config.vision, rngs=rngs)
+      params['vision'] = nnx.to_pure_dict(nnx.state(tower, nnx.Param))
+    return params
 
   definition = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
 
-  def forward(params, tokens, valid, positions=None, cache=None):
-    decoder = nnx.merge(definition, params)
+  def forward(params, tokens, valid, positions=None, cache=None, features=None):
+    decoder = nnx.merge(definition, {k: v for k, v in params.items() if k != 'vision'})
     x = decoder.embed(tokens, compute_dtype)
-    return decoder(x, valid, positions, cache, remat=remat)
+    placed = None
+    if features is not None:
+      x, placed = _place(config, x, tokens, valid, positions, features)
+    return decoder(x, valid, positions, cache, placed, remat=remat)
 
   def init_cache(batch, length):
     shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
@@ -88,7 +107,53 @@ def build(config: DecoderConfig, *, compute_dtype: Any = jnp.float32, remat: boo
   def head(params):
     return params['embedding'].T if config.tie_word_embeddings else params['lm_head']
 
-  return Model(config, init, forward, init_cache, head)
+  see = None if config.vision is None else _see(config.vision, compute_dtype, remat)
+  return Model(config, init, forward, init_cache, head, see)
+
+
+def _see(config: VisionConfig, dtype: Any, remat: bool) -> Callable[[Params, Images], Features]:
+  definition = nnx.graphdef(nnx.eval_shape(lambda: VisionTower(config, rngs=nnx.Rngs(0))))
+
+  def see(params, images):
+    return nnx.merge(definition, params['vision'])(images, dtype, remat=remat)
+
+  return see
+
+
+class _Placed(NamedTuple):
+  """Where features stand in a batch, and what deepstack adds there."""
+
+  here: Bool[Array, 'B T']  # which tokens stand for a feature
+  index: Int[Array, 'B T']  # and for which of their row
+  deepstack: Float[Array, 'B K F D']
+
+  def pick(self, features: Float[Array, 'B F D']) -> Float[Array, 'B T D']:
+    """The feature of each placeholder; zeros elsewhere, and where a row has no such feature."""
+    index = jnp.where(self.here, self.index, features.shape[1])
+    return jnp.take_along_axis(features, index[:, :, None], axis=1, mode='fill', fill_value=0)
+
+  def add(self, x: Float[Array, 'B T D'], layer: Int[Array, '']) -> Float[Array, 'B T D']:
+    """x behind block `layer`: only the first K have something to add, the others skip it."""
+
+    def added(x):
+      features = jax.lax.dynamic_index_in_dim(self.deepstack, layer, axis=1, keepdims=False)
+      return x + self.pick(features).astype(x.dtype)
+
+    K = self.deepstack.shape[1]
+    return jax.lax.cond(layer < K, added, lambda x: x, x) if K else x
+
+
+def _place(config, x, tokens, valid, positions, features) -> tuple[Array, _Placed]:
+  """The embeddings with features in the place of their placeholders."""
+  if config.vision is None:
+    raise ValueError('This model has no vision tower: forward takes no features.')
+  if positions is None:
+    raise ValueError('Images need the positions of models.vision_positions: give forward those.')
+  here = valid & ((tokens == config.image_token_id) | (tokens == config.video_token_id))
+  index = jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1
+  placed = _Placed(here, index, features.deepstack)
+  x = jnp.where(here[:, :, None], placed.pick(features.tokens).astype(x.dtype), x)
+  return constrain_rows(x), placed
 
 
 class Decoder(nnx.Module):
@@ -101,22 +166,24 @@ class Decoder(nnx.Module):
       return Block(config, rngs=rngs)
 
     self.config = config
-    self.embedding = _matrix(config, rngs, config.vocab_size, config.hidden_size)
+    self.embedding = matrix(config, rngs, config.vocab_size, config.hidden_size)
     self.layers = stacked(rngs)
-    self.final_norm = _ones(config.hidden_size)
+    self.final_norm = ones(config.hidden_size)
     # A tied head is the embedding table used twice: one parameter, not two references to it.
     if not config.tie_word_embeddings:
-      self.lm_head = _matrix(config, rngs, config.hidden_size, config.vocab_size)
+      self.lm_head = matrix(config, rngs, config.hidden_size, config.vocab_size)
 
   def embed(self, tokens: Int[Array, 'B T'], dtype: Any) -> Float[Array, 'B T D']:
     return constrain_rows(self.embedding[...][tokens].astype(dtype))
 
-  def __call__(self, x, valid, positions, cache: Cache | None, *, remat: bool):
+  def __call__(self, x, valid, positions, cache: Cache | None, placed: _Placed | None, *, remat):
     T = x.shape[1]
     seen = 0 if cache is None else cache.position[:, None]
     if positions is None:
       positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1 + seen, 0)
-    angles = layers.rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+    angles = layers.rope_angles(
+      positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section
+    )
 
     column = jnp.arange(T, dtype=jnp.int32)
     if cache is None:
@@ -136,6 +203,8 @@ class Decoder(nnx.Module):
     def body(carry, layer):
       (x, stored), (weights, i) = carry, layer
       x, stored = nnx.merge(definition, weights)(x, angles, mask, stored, (i, index))
+      if placed is not None:
+        x = placed.add(x, i)
       return (constrain_rows(x), stored), None
 
     if remat and cache is None:
@@ -146,6 +215,8 @@ class Decoder(nnx.Module):
     if cache is None or stored is None:
       return hidden, None
     k, v = stored
+    if positions.ndim == 3:  # an image may reach further in height or width than in time
+      positions = jnp.max(positions, axis=2)
     last = jnp.max(jnp.where(valid, positions + 1, 0), axis=1)
     return hidden, Cache(k, v, key_valid, index + T, jnp.maximum(cache.position, last))
 
@@ -176,9 +247,9 @@ class Block(nnx.Module):
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.eps = config.rms_norm_eps
-    self.attention_norm = _ones(config.hidden_size)
+    self.attention_norm = ones(config.hidden_size)
     self.attention = Attention(config, rngs=rngs)
-    self.mlp_norm = _ones(config.hidden_size)
+    self.mlp_norm = ones(config.hidden_size)
     self.mlp = Mlp(config, rngs=rngs)
 
   def __call__(self, x, angles, mask, stored, slot):
@@ -193,17 +264,17 @@ class Attention(nnx.Module):
     D, H = config.hidden_size, config.head_dim
     Q, K = config.num_attention_heads, config.num_key_value_heads
     self.eps, self.qk_norm = config.rms_norm_eps, config.qk_norm
-    self.q_proj = _matrix(config, rngs, D, Q, H)
-    self.k_proj = _matrix(config, rngs, D, K, H)
-    self.v_proj = _matrix(config, rngs, D, K, H)
-    self.o_proj = _matrix(config, rngs, Q, H, D)
+    self.q_proj = matrix(config, rngs, D, Q, H)
+    self.k_proj = matrix(config, rngs, D, K, H)
+    self.v_proj = matrix(config, rngs, D, K, H)
+    self.o_proj = matrix(config, rngs, Q, H, D)
     if config.qk_norm:
-      self.q_norm, self.k_norm = _ones(H), _ones(H)
+      self.q_norm, self.k_norm = ones(H), ones(H)
 
   def __call__(self, x, angles, mask, stored, slot):
-    q = jnp.einsum('BTD,DQH->BTQH', x, _as(self.q_proj, x))
-    k = jnp.einsum('BTD,DKH->BTKH', x, _as(self.k_proj, x))
-    v = jnp.einsum('BTD,DKH->BTKH', x, _as(self.v_proj, x))
+    q = jnp.einsum('BTD,DQH->BTQH', x, cast(self.q_proj, x))
+    k = jnp.einsum('BTD,DKH->BTKH', x, cast(self.k_proj, x))
+    v = jnp.einsum('BTD,DKH->BTKH', x, cast(self.v_proj, x))
     if self.qk_norm:  # before RoPE: a scale that differs between paired dimensions does not commute
       q = layers.rms_norm(q, self.q_norm[...], self.eps)
       k = layers.rms_norm(k, self.k_norm[...], self.eps)
@@ -216,29 +287,17 @@ class Attention(nnx.Module):
       )
       k, v = (jax.lax.dynamic_index_in_dim(s, layer, keepdims=False) for s in stored)
     y = layers.attention(q, k, v, mask)
-    return jnp.einsum('BTQH,QHD->BTD', y, _as(self.o_proj, x)), stored
+    return jnp.einsum('BTQH,QHD->BTD', y, cast(self.o_proj, x)), stored
 
 
 class Mlp(nnx.Module):
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     D, F = config.hidden_size, config.intermediate_size
-    self.gate_proj = _matrix(config, rngs, D, F)
-    self.up_proj = _matrix(config, rngs, D, F)
-    self.down_proj = _matrix(config, rngs, F, D)
+    self.gate_proj = matrix(config, rngs, D, F)
+    self.up_proj = matrix(config, rngs, D, F)
+    self.down_proj = matrix(config, rngs, F, D)
 
   def __call__(self, x):
-    gate = jnp.einsum('BTD,DF->BTF', x, _as(self.gate_proj, x))
-    up = jnp.einsum('BTD,DF->BTF', x, _as(self.up_proj, x))
-    return jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, _as(self.down_proj, x))
-
-
-def _matrix(config, rngs, *shape):
-  return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32))
-
-
-def _ones(size):
-  return nnx.Param(jnp.ones((size,), jnp.float32))
-
-
-def _as(param, x):
-  return param[...].astype(x.dtype)
+    gate = jnp.einsum('BTD,DF->BTF', x, cast(self.gate_proj, x))
+    up = jnp.einsum('BTD,DF->BTF', x, cast(self.up_proj, x))
+    return jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, cast(self.down_proj, x))

@@ -1,4 +1,4 @@
-"""Arithmetic that every model shares: RMSNorm, rotary positions, grouped-query attention."""
+"""Arithmetic that every model shares: norms, rotary positions, grouped-query attention."""
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,50 @@ def rms_norm(
   return (y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)).astype(x.dtype)
 
 
+def layer_norm(
+  x: Float[Array, '... W'], scale: Float[Array, 'W'], bias: Float[Array, 'W'], eps: float
+) -> Float[Array, '... W']:
+  """Ba et al. (2016), in float32: (x - mean) / sqrt(var + eps) * scale + bias, in x's dtype."""
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, axis=-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  scale, bias = (jnp.broadcast_to(p.astype(jnp.float32), y.shape) for p in (scale, bias))
+  return (y * scale + bias).astype(x.dtype)
+
+
+def rope_frequencies(size: int, theta: float) -> Float[np.ndarray, 'size/2']:
+  """theta^(-2i / size), float32."""
+  return (theta ** -(np.arange(0, size, 2) / size)).astype(np.float32)
+
+
 def rope_angles(
-  positions: Int[Array, 'B T'], head_dim: int, theta: float
+  positions: Int[Array, 'B T'] | Int[Array, 'B T 3'],
+  head_dim: int,
+  theta: float,
+  section: tuple[int, int, int] | None = None,
 ) -> Float[Array, 'B T H/2']:
-  """p * theta^(-2i / H), radians, in float32: in bfloat16 positions near 1,000 are 4 apart."""
-  frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-  return positions.astype(jnp.float32)[:, :, None] * frequency.astype(np.float32)[None, None, :]
+  """p * theta^(-2i / H), radians, in float32: in bfloat16 positions near 1,000 are 4 apart.
+
+  With three positions (time, height, width) a token, `section` says how many frequencies each has.
+
+  Raises: ValueError for three positions without `section`.
+  """
+  position = positions.astype(jnp.float32)
+  if positions.ndim == 3:
+    if section is None:
+      raise ValueError('This model turns by one position a token: give forward positions [B, T].')
+    position = position[:, :, mrope_axes(section, head_dim // 2)]
+  else:
+    position = position[:, :, None]
+  return position * rope_frequencies(head_dim, theta)[None, None, :]
+
+
+def mrope_axes(section: tuple[int, int, int], frequencies: int) -> Int[np.ndarray, 'H/2']:
+  """The axis that turns each frequency, interleaved: 0 1 2 0 1 2 ... and time (0) to the end."""
+  axes = np.zeros(frequencies, np.int32)
+  for axis in (1, 2):
+    axes[axis : 3 * section[axis] : 3] = axis
+  return axes
 
 
 def rope(x: Float[Array, 'B T K H'], angles: Float[Array, 'B T H/2']) -> Float[Array, 'B T K H']:

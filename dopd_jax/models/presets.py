@@ -1,6 +1,9 @@
-"""Published sizes, as in the `config.json` files of Qwen/Qwen3-* and HuggingFaceTB/SmolLM2-*."""
+"""Published sizes, as in `config.json` of Qwen/Qwen3-*, Qwen3-VL-* and HuggingFaceTB/SmolLM2-*."""
+
+import dataclasses
 
 from dopd_jax.models.config import DecoderConfig
+from dopd_jax.models.vision import VisionConfig
 
 
 def _qwen3(hidden_size, intermediate_size, layers, heads, *, tied):
@@ -23,11 +26,35 @@ def _qwen3(hidden_size, intermediate_size, layers, heads, *, tied):
   )
 
 
+def _qwen3_vl(text, **tower):
+  vision = VisionConfig(num_heads=16, out_hidden_size=text.hidden_size, **tower)
+  return dataclasses.replace(
+    text,
+    rope_theta=5e6,
+    max_position_embeddings=262_144,
+    vision=vision,
+    mrope_section=(24, 20, 20),
+    image_token_id=151_655,
+    video_token_id=151_656,
+    vision_start_token_id=151_652,
+    vision_end_token_id=151_653,
+  )
+
+
+_TOWER = dict(depth=24, hidden_size=1_024, intermediate_size=4_096, deepstack_indexes=(5, 11, 17))
+_LARGE_TOWER = dict(
+  depth=27, hidden_size=1_152, intermediate_size=4_304, deepstack_indexes=(8, 16, 24)
+)
+
 PRESETS = {
   'qwen3-0.6b': _qwen3(1_024, 3_072, 28, 16, tied=True),
   'qwen3-1.7b': _qwen3(2_048, 6_144, 28, 16, tied=True),
   'qwen3-4b': _qwen3(2_560, 9_728, 36, 32, tied=True),
   'qwen3-8b': _qwen3(4_096, 12_288, 36, 32, tied=False),
+  'qwen3-vl-2b': _qwen3_vl(_qwen3(2_048, 6_144, 28, 16, tied=True), **_TOWER),
+  'qwen3-vl-4b': _qwen3_vl(_qwen3(2_560, 9_728, 36, 32, tied=True), **_TOWER),
+  'qwen3-vl-8b': _qwen3_vl(_qwen3(4_096, 12_288, 36, 32, tied=False), **_LARGE_TOWER),
+  'qwen3-vl-32b': _qwen3_vl(_qwen3(5_120, 25_600, 64, 64, tied=False), **_LARGE_TOWER),
   'smollm2-135m': DecoderConfig(
     vocab_size=49_152,
     hidden_size=576,

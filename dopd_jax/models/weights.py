@@ -1,6 +1,6 @@
 """Hugging Face directories in and out: safetensors <-> the stacked, sharded parameter tree.
 
-A matrix of Hugging Face is [out, in]; ours is [in, *out] with heads unfolded: `w.T.reshape(shape)`.
+`names` says which tensor is which leaf.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,21 +22,11 @@ from safetensors.numpy import save_file
 
 from dopd_jax import sharding
 from dopd_jax.errors import UserError
-from dopd_jax.models.config import DecoderConfig
+from dopd_jax.models.config import DecoderConfig, text_config
 from dopd_jax.models.decoder import Params, build
+from dopd_jax.models.names import Slot, slots
 
-_TOP = {
-  'embedding': 'model.embed_tokens.weight',
-  'final_norm': 'model.norm.weight',
-  'lm_head': 'lm_head.weight',
-}
-_LAYER = {
-  'layers/attention_norm': 'input_layernorm',
-  'layers/mlp_norm': 'post_attention_layernorm',
-  **{f'layers/attention/{m}_proj': f'self_attn.{m}_proj' for m in 'qkvo'},
-  **{f'layers/attention/{m}_norm': f'self_attn.{m}_norm' for m in 'qk'},
-  **{f'layers/mlp/{m}_proj': f'mlp.{m}_proj' for m in ('gate', 'up', 'down')},
-}
+_NEVER_ZERO = ('embedding', 'final_norm', 'lm_head')
 _DTYPES = ('F64', 'F32', 'F16', 'BF16')
 _INDEX = 'model.safetensors.index.json'
 
@@ -47,16 +37,6 @@ class Tensor(NamedTuple):
   file: str
   shape: tuple[int, ...]
   read: Callable[[], np.ndarray]
-
-
-class _Slot(NamedTuple):
-  """Where a tensor of Hugging Face stands in the tree."""
-
-  name: str
-  leaf: str
-  layer: int | None
-  shape: tuple[int, ...]  # ours, of one layer
-  hf_shape: tuple[int, ...]
 
 
 def load(
@@ -109,7 +89,7 @@ def read_config(directory: Path) -> DecoderConfig:
   """The decoder that `config.json` describes, with the stop ids of `generation_config.json`."""
   hf = _read_json(directory / 'config.json')
   if (directory / 'generation_config.json').exists():
-    sources = _read_json(directory / 'generation_config.json'), hf
+    sources = _read_json(directory / 'generation_config.json'), hf, text_config(hf)
     ids = [source.get('eos_token_id') for source in sources]
     flat = [i for eos in ids for i in (eos if isinstance(eos, list) else [eos])]
     hf['eos_token_id'] = list(dict.fromkeys(i for i in flat if i is not None))
@@ -190,9 +170,9 @@ def _set_layer(stacked, value, i, spread):
   return stacked if spread is None else jax.lax.with_sharding_constraint(stacked, spread)
 
 
-def _match(config, tensors) -> list[tuple[_Slot, Tensor]]:
+def _match(config, tensors) -> list[tuple[Slot, Tensor]]:
   """Every slot with the one tensor that fills it. The prefix 'model.' may be absent."""
-  slots = {_short(slot.name): slot for slot in _slots(config)}
+  wanted = {_short(slot.name): slot for slot in _slots(config)}
   found, unknown = {}, []
   for name, tensor in tensors.items():
     short = _short(name)
@@ -200,12 +180,12 @@ def _match(config, tensors) -> list[tuple[_Slot, Tensor]]:
       raise UserError(
         f'{found[short]} and {name} in {tensor.file} are the same parameter: keep one of them.'
       )
-    if short in slots:
+    if short in wanted:
       found[short] = name
-      if tensor.shape != slots[short].hf_shape:
+      if tensor.shape != wanted[short].hf_shape:
         raise UserError(
           f'{name} in {tensor.file} has shape {tensor.shape}, but config.json makes it '
-          f'{slots[short].hf_shape}: use the config.json of these weights.'
+          f'{wanted[short].hf_shape}: use the config.json of these weights.'
         )
     # Old exports hold RoPE's buffers, and some a tied head written out.
     elif not name.endswith('rotary_emb.inv_freq') and name != 'lm_head.weight':
@@ -215,18 +195,19 @@ def _match(config, tensors) -> list[tuple[_Slot, Tensor]]:
       f'{_few(unknown)} in {tensors[unknown[0]].file} match no parameter of this '
       f'{config.model_type} with {config.num_hidden_layers} layers: use the weights of config.json.'
     )
-  missing = [slot.name for short, slot in slots.items() if short not in found]
+  missing = [slot.name for short, slot in wanted.items() if short not in found]
   if missing:
     hint = ' (config.json says that the head is not tied)' if 'lm_head.weight' in missing else ''
     raise UserError(f'No weight file holds {_few(missing)}{hint}: download or copy them again.')
   if config.tie_word_embeddings and 'lm_head.weight' in tensors:
-    head, table = tensors['lm_head.weight'], tensors[found['embed_tokens.weight']]
+    table = next(found[short] for short, slot in wanted.items() if slot.leaf == 'embedding')
+    head, table = tensors['lm_head.weight'], tensors[table]
     if head.shape != table.shape or not np.array_equal(head.read(), table.read()):
       raise UserError(
         f'lm_head.weight in {head.file} differs from the embedding, but config.json ties them: '
         'set tie_word_embeddings to false there, or remove the tensor.'
       )
-  return [(slot, tensors[found[short]]) for short, slot in slots.items()]
+  return [(slot, tensors[found[short]]) for short, slot in wanted.items()]
 
 
 def _read(slot, tensor) -> np.ndarray:
@@ -237,12 +218,12 @@ def _read(slot, tensor) -> np.ndarray:
       f'{slot.name} in {tensor.file} holds NaN or infinite values: download it again, or use a '
       'checkpoint from before it diverged.'
     )
-  if slot.layer is None and not value.any():
+  if slot.leaf in _NEVER_ZERO and not value.any():
     raise UserError(
       f'{slot.name} in {tensor.file} is all zeros, which makes every prediction uniform: use '
       'weights that were trained.'
     )
-  return value.T.reshape(slot.shape) if _turned(slot.leaf) else value
+  return slot.from_hf(value)
 
 
 def save(
@@ -285,7 +266,7 @@ def save(
 
 def _write_configs(directory, config, dtype):
   hf = config.to_hf() | {'dtype': jnp.dtype(dtype).name}
-  generation = {k: hf[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+  generation = {k: text_config(hf)[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
   for file, content in (('config.json', hf), ('generation_config.json', generation)):
     (directory / file).write_text(json.dumps(content, indent=2) + '\n')
 
@@ -306,7 +287,7 @@ def _write_weights(directory, config, params, max_shard_bytes):
     else [f'model-{i + 1:05}-of-{len(shards):05}.safetensors' for i in range(len(shards))]
   )
   for file, shard in zip(files, shards):
-    tensors = {slot.name: _to_hf(slot, leaves[slot.leaf]) for slot in shard}
+    tensors = {slot.name: slot.to_hf(leaves[slot.leaf]) for slot in shard}
     save_file(tensors, directory / file, metadata={'format': 'pt'})
     # safetensors writes files that only their owner may read.
     shutil.copymode(directory / 'config.json', directory / file)
@@ -316,31 +297,8 @@ def _write_weights(directory, config, params, max_shard_bytes):
     (directory / _INDEX).write_text(json.dumps(index, indent=2) + '\n')
 
 
-def _to_hf(slot, leaf) -> np.ndarray:
-  value = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
-  return np.ascontiguousarray(value.reshape(slot.hf_shape[::-1]).T if _turned(slot.leaf) else value)
-
-
-def _slots(config) -> Iterator[_Slot]:
-  for leaf, struct in _shapes(config).items():
-    if leaf in _TOP:
-      yield _Slot(_TOP[leaf], leaf, None, struct.shape, _hf_shape(leaf, struct.shape))
-      continue
-    shape = struct.shape[1:]
-    for i in range(config.num_hidden_layers):
-      name = f'model.layers.{i}.{_LAYER[leaf]}.weight'
-      yield _Slot(name, leaf, i, shape, _hf_shape(leaf, shape))
-
-
-def _turned(leaf) -> bool:
-  return not leaf.endswith(('embedding', '_norm'))
-
-
-def _hf_shape(leaf, shape) -> tuple[int, ...]:
-  if not _turned(leaf):
-    return shape
-  inputs = shape[:-1] if leaf.endswith('o_proj') else shape[:1]
-  return math.prod(shape[len(inputs) :]), math.prod(inputs)
+def _slots(config: DecoderConfig) -> list[Slot]:
+  return list(slots(config, _shapes(config)))
 
 
 def _shapes(config) -> dict[str, jax.ShapeDtypeStruct]:

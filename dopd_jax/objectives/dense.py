@@ -1,7 +1,7 @@
 """Any objective on logits: the dense library form, and the oracle of every faster one."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def blend(
   objective: Objective, logits: Mapping[str, Float[Array, '... V']]
 ) -> dict[str, Float[Array, '... V']]:
   """The logits of every source that the rules name, from those of the views."""
-  mixed = {
+  mixed: dict[str, Any] = {
     name: sum(weight * divergences.as_float(logits[view]) for view, weight in parts.items())
     for name, parts in objective.blends.items()
   }

@@ -153,6 +153,12 @@ class Objective:
     return frozenset(named | ({'privileged'} if self.privileged_share else set()))
 
   @property
+  def prompts(self) -> frozenset[str]:
+    """The names of the renderings that the views read."""
+    named = {view.prompt for view in (self.student, *self.views.values())}
+    return frozenset(named | ({'privileged'} if self.privileged_share else set()))
+
+  @property
   def images(self) -> frozenset[str]:
     """Which forms of a record's image are looked at."""
     return frozenset(view.image for view in (self.student, *self.views.values()))
@@ -178,7 +184,7 @@ def all_tokens(mask: Bool[Array, 'B N'], regime: int = 0) -> Int[Array, 'B N']:
 
 def old_logp(objective_or_name: 'Objective | str', seen: Seen) -> Float[Array, 'B N']:
   """Log-prob of the sampled tokens when they were sampled: the sampler's, or a scored view's."""
-  name = getattr(objective_or_name, 'old_logp', objective_or_name)
+  name = objective_or_name if isinstance(objective_or_name, str) else objective_or_name.old_logp
   found = seen.logp if name == SAMPLER else seen.signals[name].logp_y
   assert found is not None
   return found

@@ -1,6 +1,7 @@
 """Prompts, hints and verifiers that need no download.
 
 plan_execute   the toy task: every token is planning or execution by construction
+digits         the same with pictures: find a handwritten digit, read it
 reasoning      families of reasoning_gym that carry a worked solution; exact match
 hints          worked solutions without their results
 verifiers      completion -> score, by the verifier that a record names
@@ -13,9 +14,10 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from dopd_jax.errors import UserError
-from dopd_jax.tasks import plan_execute, reasoning
+from dopd_jax.tasks import digits, plan_execute, reasoning
 from dopd_jax.tasks.verifiers import verify as verify
 
+_OWN = {'plan_execute': plan_execute.make_records, 'digits': digits.make_records}
 _KINDS = {int: 'a whole number', float: 'a number', str: 'text'}
 
 
@@ -23,25 +25,25 @@ def make_records(name: str, size: int, seed: int, **options: Any) -> list[dict[s
   """Records of a task, as mappings with the columns that `dopd_jax.data` reads.
 
   Args:
-    name: 'plan_execute', or a family of reasoning_gym.
+    name: 'plan_execute', 'digits', or a family of reasoning_gym.
     size: number of records.
     seed: of the task.
-    **options: of the task: `plan_execute.make_records`, `reasoning.make_records`.
+    **options: of the task: `make_records` of `plan_execute`, `digits` or `reasoning`.
 
   Raises:
     UserError: no such task or option, or an impossible value.
   """
-  if name != 'plan_execute':
+  if name not in _OWN:
     return reasoning.make_records(name, size, seed, **options)
-  known = dict(list(inspect.signature(plan_execute.make_records).parameters.items())[2:])
+  known = dict(list(inspect.signature(_OWN[name]).parameters.items())[2:])
   for option, value in options.items():
     if option not in known:
       near = difflib.get_close_matches(option, list(known), n=1, cutoff=0)[0]
-      raise UserError(f'plan_execute has no option {option!r}: did you mean {near!r}?')
+      raise UserError(f'{name} has no option {option!r}: did you mean {near!r}?')
     kind = known[option].annotation
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-      raise UserError(f'plan_execute takes {_KINDS[kind]} as {option}, not {value!r}.')
-  return plan_execute.make_records(size, seed, **options)
+      raise UserError(f'{name} takes {_KINDS[kind]} as {option}, not {value!r}.')
+  return _OWN[name](size, seed, **options)
 
 
 def load(spec: str) -> list[dict[str, Any]]:
@@ -63,7 +65,7 @@ def load(spec: str) -> list[dict[str, Any]]:
 
 
 def _literal(key: str, value: str) -> Any:
-  if key in ('ops', 'hint', 'split', 'solution'):
+  if key in ('ops', 'hint', 'split', 'solution', 'label', 'trace', 'colours'):
     return value
   try:
     return ast.literal_eval(value)

@@ -3,17 +3,21 @@
 from typing import Any
 
 from dopd_jax.errors import UserError
-from dopd_jax.tasks import plan_execute, reasoning
+from dopd_jax.tasks import digits, plan_execute, reasoning
 from dopd_jax.tasks.common import field
 
-VERIFIERS = {'plan_execute': plan_execute.verify, 'exact': reasoning.exact}
+VERIFIERS = {
+  'plan_execute': plan_execute.verify,
+  'digits': digits.verify,
+  'exact': reasoning.exact,
+}
 
 
 def verify(record: Any, completion: str) -> float:
   """Scores a completion from 0 (wrong) to 1 (right).
 
   Args:
-    record: with a `verifier`: 'plan_execute', 'exact', or 'reasoning_gym:FAMILY'.
+    record: with a `verifier`: 'plan_execute', 'digits', 'exact', or 'reasoning_gym:FAMILY'.
     completion: the text after the prompt, without special tokens.
 
   Raises:

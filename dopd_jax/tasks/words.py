@@ -20,17 +20,33 @@ CHAT_TEMPLATE = (
 )
 
 
-def word_tokenizer(words: Sequence[str]) -> 'PreTrainedTokenizerFast':
+# The same, with the parts of a message as Qwen3-VL writes them: one token for an image, between two
+# that say where it begins and ends.
+IMAGE_TOKEN = '<|image_pad|>'
+VISION = ('<|vision_start|>', IMAGE_TOKEN, '<|vision_end|>')
+VIDEO_TOKEN = '<|video_pad|>'  # a model that sees must have one
+IMAGE_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(
+  "{{ message['content'] }}",
+  "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+  "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+  f"{' '.join(VISION)} {{% else %}}{{{{ part['text'] }}}} {{% endif %}}{{% endfor %}}{{% endif %}}",
+)
+
+
+def word_tokenizer(words: Sequence[str], images: bool = False) -> 'PreTrainedTokenizerFast':
   """A Hugging Face tokenizer of the given words; saves and loads like any other.
 
-  Ids: `<pad>` 0, `<unk>` 1, `<|im_end|>` 2 (the stop token), three role tokens, the heading of the
-  privileged section, then the words in order. Words are split at white space, and the kind of white
-  space is lost: a prompt may have a definition on each line.
+  Ids: `<pad>` 0, `<unk>` 1, `<|im_end|>` 2 (the stop token), three role tokens, with `images` the
+  three of `VISION` and that of videos, the heading of the privileged section, then the words in
+  order. Words are split at white space, and the kind of white space is lost: a prompt may have a
+  definition on each line.
   """
   from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 
   roles = [f'<|{role}|>' for role in ROLES]
+  if images:
+    roles += (*VISION, VIDEO_TOKEN)
   vocabulary = [PAD, UNKNOWN, STOP, *roles, REFERENCE, *words]
   if len(set(vocabulary)) < len(vocabulary):
     raise ValueError('the words of a tokenizer must differ')
@@ -46,5 +62,5 @@ def word_tokenizer(words: Sequence[str]) -> 'PreTrainedTokenizerFast':
     eos_token=STOP,
     clean_up_tokenization_spaces=False,
   )
-  fast.chat_template = CHAT_TEMPLATE
+  fast.chat_template = IMAGE_CHAT_TEMPLATE if images else CHAT_TEMPLATE
   return fast

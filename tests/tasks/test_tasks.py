@@ -74,7 +74,7 @@ def test_words_differ():
 def test_tasks_load_neither_reasoning_gym_nor_transformers():
   script = (
     'import sys, dopd_jax.tasks as t; t.make_records("plan_execute", 1, 0); '
-    'names = "reasoning_gym", "transformers", "jax", "dopd_jax.data"; '
+    'names = "reasoning_gym", "transformers", "jax", "sklearn", "PIL", "dopd_jax.data"; '
     'print([name for name in names if name in sys.modules])'
   )
   done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
