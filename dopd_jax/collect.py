@@ -121,14 +121,7 @@ def make_sample(config: Config, pair: Pair, objective: Objective, mesh: Any) -> 
   )
   for note in sampling_notes(pair.student.generation_config, sampling):
     logging.info('%s', note)
-  generate = evaluation.make_generate(
-    pair.student.model,
-    sampling,
-    pair.tokenizer,
-    pair.stop_ids,
-    pair.pad_id,
-    sight.banned_ids(pair.sight),
-  )
+  generate = evaluation.make_generate(pair.student.model, sampling, pair)
   run_key = jax.random.key(config.seed)
 
   def sample(params, by_context, images, examples, step):

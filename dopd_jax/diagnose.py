@@ -154,14 +154,7 @@ def complete(config: Config, pair: policies.Pair, mesh, examples, by_context):
     rollout = collate.put(rollout, mesh)
   else:
     sampling = Sampling(max_new_tokens=N, temperature=config.rollout.temperature)
-    generate = evaluation.make_generate(
-      pair.student.model,
-      sampling,
-      pair.tokenizer,
-      pair.stop_ids,
-      pair.pad_id,
-      sight.banned_ids(pair.sight),
-    )
+    generate = evaluation.make_generate(pair.student.model, sampling, pair)
     index = collate.put(np.array([e.index for e in examples], np.uint32), mesh)
     key = jax.random.key(config.seed)
     shown = (images or {}).get('full')
@@ -184,7 +177,7 @@ def score(config: Config, pair: policies.Pair, objective, batch, microbatch: int
     live_vocab=len(pair.tokenizer),
     microbatch=microbatch,
     head_tile=config.head_tile,
-    banned_ids=sight.banned_ids(pair.sight),
+    banned_ids=pair.banned_ids,
   )
   state = states.create(student.params, tx, objective)
   scored = jax.jit(steps.score)(state, given, batch)

@@ -11,8 +11,9 @@ from rich.progress import Progress
 
 from dopd_jax import collate, report, sight, tasks
 from dopd_jax.data import Example
+from dopd_jax.models import Model
+from dopd_jax.policies import Pair
 from dopd_jax.rollout import Sampling, make_sampler
-from dopd_jax.sight import Sight
 
 
 def rewards(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
@@ -34,28 +35,25 @@ def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
   ]
 
 
-def make_generate(
-  model: Any,
-  sampling: Sampling,
-  tokenizer: Any,
-  stop_ids: Sequence[int],
-  pad_id: int,
-  banned_ids: Sequence[int] = (),
-) -> Callable[..., Any]:
-  """The jitted native sampler: (params, Prompt, key, record_index, images=None) -> Rollout."""
+def make_generate(model: Model, sampling: Sampling, pair: Pair) -> Callable[..., Any]:
+  """The native sampler of one of a pair's models, jitted.
+
+  Its arguments are (params, Prompt, key, record_index, images=None), and it returns a Rollout.
+  """
   sample = make_sampler(
     model,
     sampling,
-    stop_ids=stop_ids,
-    pad_id=pad_id,
-    live_vocab=len(tokenizer),
-    banned_ids=banned_ids,
+    stop_ids=pair.stop_ids,
+    pad_id=pair.pad_id,
+    live_vocab=len(pair.tokenizer),
+    banned_ids=pair.banned_ids,
   )
 
   def generate(params, prompt, key, record_index, images=None):
     valid = np.arange(prompt.tokens.shape[1])[None, :] < prompt.length[:, None]
     seen = {}
     if images is not None:
+      assert model.see is not None, 'images are for a model that sees'
       seen = {'positions': prompt.positions, 'features': model.see(params, images)}
     return sample(params, prompt.tokens, valid, key, record_index, **seen)
 
@@ -68,23 +66,19 @@ class Judge:
 
   Args:
     examples: held-out records, each with a verifier.
-    tokenizer: of the pair.
+    pair: whose tokenizer and image processor make the prompts.
     mesh: where rows lie.
     rows: prompts a batch, a multiple of the row shards.
     bucket: tokens; prompts are padded to a multiple.
-    pad_id: behind prompts and completions.
     seed: of the draws, where the temperature is above 0.
-    seen: how the models see, where they do.
   """
 
   examples: Sequence[Example]
-  tokenizer: Any
+  pair: Pair
   mesh: jax.sharding.Mesh
   rows: int
   bucket: int
-  pad_id: int
   seed: int = 0
-  seen: Sight | None = None
 
   def accuracy(self, name: str, generate: Any, params: Any, progress: Progress) -> dict[str, float]:
     """`{name}`, `{name}_low`, `{name}_high` (95 % Wilson), and seconds; {} for no data."""
@@ -95,18 +89,17 @@ class Judge:
     key = jax.random.key(self.seed)
     for i in range(0, len(self.examples), self.rows):
       chunk = self.examples[i : i + self.rows]
-      prompt = collate.prompts(chunk, ['plain'], self.bucket, self.pad_id, self.rows, self.seen)[
-        'plain'
-      ]
-      images = (sight.images(chunk, ['full'], self.seen, self.rows) or {}).get('full')
+      pad_id, seen = self.pair.pad_id, self.pair.sight
+      prompts = collate.prompts(chunk, ['plain'], self.bucket, pad_id, self.rows, seen)
+      images = (sight.images(chunk, ['full'], seen, self.rows) or {}).get('full')
       index = np.resize(np.array([e.index for e in chunk], np.uint32), self.rows)
       # Every process holds the whole chunk and hands in its own rows.
       share = self.rows // jax.process_count()
       mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-      local = jax.tree.map(lambda x, mine=mine: x[mine], (prompt, index, images))
+      local = jax.tree.map(lambda x, mine=mine: x[mine], (prompts['plain'], index, images))
       prompt, index, images = collate.put(local, self.mesh)
       out = collate.fetch(generate(params, prompt, key, index, images))
-      texts = decode(self.tokenizer, out.tokens, out.mask)[: len(chunk)]
+      texts = decode(self.pair.tokenizer, out.tokens, out.mask)[: len(chunk)]
       right += rewards(chunk, texts).sum()
       progress.advance(task, len(chunk))
     progress.remove_task(task)

@@ -71,14 +71,7 @@ def generate(
   console = Console(stderr=True)
   for note in sampling_notes(pair.student.generation_config, sampling):
     console.print(note, highlight=False)
-  step = evaluation.make_generate(
-    pair.student.model,
-    sampling,
-    pair.tokenizer,
-    pair.stop_ids,
-    pair.pad_id,
-    sight.banned_ids(pair.sight),
-  )
+  step = evaluation.make_generate(pair.student.model, sampling, pair)
   rows = evaluation.rows_at_once(min(batch, len(examples)), mesh)
   key = jax.random.key(seed)
   written = 0

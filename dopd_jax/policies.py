@@ -44,6 +44,11 @@ class Pair(NamedTuple):
   sight: Sight | None  # None: text alone
 
   @property
+  def banned_ids(self) -> tuple[int, ...]:
+    """Ids that no completion may hold."""
+    return self.sight.banned_ids if self.sight else ()
+
+  @property
   def teacher(self) -> Loaded | None:
     """The teacher, where there is exactly one."""
     teachers = self.given.get('teacher', {})
@@ -315,21 +320,22 @@ def _random_config(policy: Policy, tokenizer: Any) -> models.DecoderConfig:
   )
 
 
+def vision_ids(tokenizer: Any) -> dict[str, int]:
+  """The fields of a decoder that name the tokens around, and in the place of, an image."""
+  words = {'image': 'image_pad', 'video': 'video_pad'}
+  words |= {name: name for name in ('vision_start', 'vision_end')}
+  return {
+    f'{name}_token_id': tokenizer.convert_tokens_to_ids(f'<|{word}|>')
+    for name, word in words.items()
+  }
+
+
 def _random_vision(a: Architecture, tokenizer: Any) -> dict[str, Any]:
   """The fields of a decoder that sees, none where the tower has no layers."""
   v = a.vision
   if not v.layers:
     return {}
   third = a.head_width // 2 * 5 // 16  # as 64 is cut into 24, 20 and 20
-  ids = {
-    f'{name}_token_id': tokenizer.convert_tokens_to_ids(f'<|{word}|>')
-    for name, word in (
-      ('image', 'image_pad'),
-      ('video', 'video_pad'),
-      ('vision_start', 'vision_start'),
-      ('vision_end', 'vision_end'),
-    )
-  }
   return {
     'vision': models.VisionConfig(
       depth=v.layers,
@@ -344,5 +350,5 @@ def _random_vision(a: Architecture, tokenizer: Any) -> dict[str, Any]:
       initializer_range=v.width**-0.5,
     ),
     'mrope_section': (a.head_width // 2 - 2 * third, third, third),
-    **ids,
+    **vision_ids(tokenizer),
   }

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from dopd_jax import collate, sight
+from dopd_jax import collate
 from dopd_jax.config import Config
 from dopd_jax.objectives import Compare, Objective, View, one_regime
 from dopd_jax.policies import Pair
@@ -43,7 +43,7 @@ def make_probe(
     router=lambda seen: one_regime(seen)._replace(token=seen.pairs),
     temperature=T,
   )
-  comparable = '' in pair.given.get('teacher', {}) and 'plain' in objective.contexts
+  comparable = '' in pair.given.get('teacher', {}) and 'plain' in objective.prompts
   if comparable:
     compare = jax.jit(
       make_steps(
@@ -54,7 +54,7 @@ def make_probe(
         live_vocab=len(pair.tokenizer),
         microbatch=config.microbatch,
         head_tile=config.head_tile,
-        banned_ids=sight.banned_ids(pair.sight),
+        banned_ids=pair.banned_ids,
       ).score
     )
 

@@ -167,7 +167,10 @@ def _panels(rows: Sequence[Row]) -> list[Panel]:
   panels = []
   if 'eval/accuracy' in has:
     panels.append(Panel('Accuracy on held-out prompts', lambda axes: _accuracy(axes, rows)))
-  panels += line_panel('Entropy', {f'train/entropy/{policy}': policy for policy in POLICY_COLOURS})
+  entropies = {f'train/entropy/{policy}': policy for policy in POLICY_COLOURS}
+  panels += line_panel('Entropy', entropies | family('train/entropy/'))
+  both_ways = {f'eval/{way}_kl': metric(f'eval/{way}_kl').label for way in ('reverse', 'forward')}
+  panels += line_panel('KL to the plain teacher', both_ways)
   panels += line_panel('Loss', {'train/loss': 'all', **family('train/regime_loss/')})
   for title, prefix in (
     ('Regime shares', 'train/regime_share/'),

@@ -34,11 +34,6 @@ class Sight(NamedTuple):
     return tuple(i for i in found if i is not None)
 
 
-def banned_ids(sight: Sight | None) -> tuple[int, ...]:
-  """What the sampler may never draw."""
-  return sight.banned_ids if sight else ()
-
-
 def check(objective: Objective, sight: Sight | None) -> None:
   """Raises `UserError` if the objective looks at images and the policies can't see."""
   special = sorted(objective.images - {'full'})

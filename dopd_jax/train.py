@@ -176,7 +176,7 @@ def compile_steps(config: Config, pair: Pair, objective: Objective, tx: Any, sta
     live_vocab=len(pair.tokenizer),
     microbatch=config.microbatch,
     head_tile=config.head_tile,
-    banned_ids=sight.banned_ids(pair.sight),
+    banned_ids=pair.banned_ids,
     samples=config.rollout.samples,
     seed=config.seed,
     frozen_vision=config.freeze == 'vision',
@@ -197,24 +197,8 @@ def make_judge(config: Config, pair: Pair, held_out: Sequence[Example], mesh: An
   rows = evaluation.rows_at_once(
     min(len(held_out) or 1, config.rollout.prompts * config.rollout.samples), mesh
   )
-  judge = evaluation.Judge(
-    held_out,
-    pair.tokenizer,
-    mesh,
-    rows,
-    config.data.prompt_bucket,
-    pair.pad_id,
-    config.seed,
-    pair.sight,
-  )
-  one = lambda model: evaluation.make_generate(
-    model,
-    sampling,
-    pair.tokenizer,
-    pair.stop_ids,
-    pair.pad_id,
-    sight.banned_ids(pair.sight),
-  )
+  judge = evaluation.Judge(held_out, pair, mesh, rows, config.data.prompt_bucket, config.seed)
+  one = lambda model: evaluation.make_generate(model, sampling, pair)
   student = one(pair.student.model)
 
   def look(params, progress, given=None):

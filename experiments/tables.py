@@ -21,6 +21,8 @@ EXTRA = {
   'train/loss_token_share': 'loss token share',
   'train/grad_norm': 'gradient norm',
   'time/step_seconds': 's a step',
+  'train/extra_forwards': 'extra forwards',
+  'time/score_seconds': 's of them a step',
 }
 
 

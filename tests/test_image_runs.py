@@ -71,7 +71,7 @@ def update(method='dopd', batch=None, microbatch=8, frozen=False, **changes):
     head_tile=4,
     samples=2,
     frozen_vision=frozen,
-    banned_ids=pair.sight.banned_ids,
+    banned_ids=pair.banned_ids,
   )
   now = state.create(pair.student.params, tx, objective)
   scored = jax.jit(steps.score)(now, given, batch)
@@ -241,8 +241,7 @@ def test_mistakes(tmp_path):
 
 def test_placeholders_are_never_sampled():
   _, pair, batch = world()
-  assert pair.sight is not None
-  banned = pair.sight.banned_ids
+  banned = pair.banned_ids
   assert len(banned) >= 3 and not np.isin(np.asarray(batch.tokens), banned).any()
 
 

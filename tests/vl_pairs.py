@@ -4,25 +4,14 @@ import functools
 import os
 import tempfile
 
-import jax
-
 from dopd_jax import config as configs
-from dopd_jax import models, tasks
+from dopd_jax import models, policies, tasks
 from dopd_jax.data import ImageProcessor
 from tests import pairs
 
 
 def architecture(layers, width, vision_width, deepstack=(0,)):
   tokenizer = tasks.digits.tokenizer()
-  ids = {
-    f'{name}_token_id': tokenizer.convert_tokens_to_ids(f'<|{word}|>')
-    for name, word in (
-      ('image', 'image_pad'),
-      ('video', 'video_pad'),
-      ('vision_start', 'vision_start'),
-      ('vision_end', 'vision_end'),
-    )
-  }
   return models.DecoderConfig(
     vocab_size=len(tokenizer),
     hidden_size=width,
@@ -47,15 +36,14 @@ def architecture(layers, width, vision_width, deepstack=(0,)):
       num_position_embeddings=16,
       initializer_range=0.3,
     ),
-    **ids,
+    **policies.vision_ids(tokenizer),
   )
 
 
 def write(directory, config, seed):
-  params = models.build(config).init(jax.random.key(seed))
-  models.save(directory, config, params, tokenizer=tasks.digits.tokenizer())
-  ImageProcessor(**tasks.digits.PROCESSOR).save(str(directory))
-  return str(directory)
+  pairs.write(directory, config, seed, tasks.digits.tokenizer())
+  ImageProcessor(**tasks.digits.PROCESSOR).save(directory)
+  return directory
 
 
 @functools.cache

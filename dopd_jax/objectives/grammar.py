@@ -182,9 +182,8 @@ def all_tokens(mask: Bool[Array, 'B N'], regime: int = 0) -> Int[Array, 'B N']:
   return jnp.where(mask, regime, -1).astype(jnp.int32)
 
 
-def old_logp(objective_or_name: 'Objective | str', seen: Seen) -> Float[Array, 'B N']:
-  """Log-prob of the sampled tokens when they were sampled: the sampler's, or a scored view's."""
-  name = objective_or_name if isinstance(objective_or_name, str) else objective_or_name.old_logp
+def old_logp(name: str, seen: Seen) -> Float[Array, 'B N']:
+  """Log-prob of the sampled tokens when they were sampled, by the name in `Objective.old_logp`."""
   found = seen.logp if name == SAMPLER else seen.signals[name].logp_y
   assert found is not None
   return found
@@ -196,5 +195,5 @@ def make_plan(objective: Objective, seen: Seen) -> Plan:
   coef = routed.coef
   if coef is None:
     coef = reduction.coefficients(seen.mask, objective.reduction)
-  old = old_logp(objective, seen) if objective.old_logp else None
+  old = old_logp(objective.old_logp, seen) if objective.old_logp else None
   return Plan(routed.regime, coef, routed.scalars, routed.token, routed.advantage, old)

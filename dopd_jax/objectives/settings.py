@@ -1,5 +1,6 @@
 """What the settings of all methods share, and how they refuse a value that makes no sense."""
 
+import abc
 import dataclasses
 
 from dopd_jax.errors import UserError
@@ -42,7 +43,7 @@ _NOT_NEGATIVE = ('clip', 'clip_low', 'clip_high', 'ratio_cap')
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(abc.ABC):
   """Settings that every method has. Subclasses add theirs and `build` the objective.
 
   temperature: divides every model's logits, once.
@@ -74,9 +75,9 @@ class Settings:
       value = values.get(name, 1)
       need(value >= 1, f'objective.{name} must be at least 1, not {value}')
 
+  @abc.abstractmethod
   def build(self) -> grammar.Objective:
     """The objective; raises `UserError` for a setting that makes no sense."""
-    raise NotImplementedError
 
   def shared(self) -> dict:
     """The fields of `Objective` that are set the same way for every method."""
