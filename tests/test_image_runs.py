@@ -117,8 +117,11 @@ def test_micro_batches_change_nothing_on_images(microbatch):
   close((signals, updated.loss, new), (again[0], again[1].loss, again[2]))
 
 
-def test_two_updates_are_two_shares():
-  """Each sees the features of its own rows: the same as updates whose other rows have no weight."""
+def test_four_updates_are_four_shares():
+  """Each sees the features of its own rows: the same as updates whose other rows have no weight.
+
+  Four, where a prompt has two completions: so that the shares are of different prompts.
+  """
   _, pair, batch = world('opd')
   given, _ = teachers.given(pair.given)
   tx = optax.sgd(0.1)
@@ -133,17 +136,17 @@ def test_two_updates_are_two_shares():
       head_tile=4,
       samples=2,
     )
-    for n in (1, 2)
+    for n in (1, 4)
   }
   now = state.create(pair.student.params, tx, world('opd')[0])
   scored = jax.jit(steps[1].score)(now, given, batch)
-  both, _ = jax.jit(steps[2].update)(now, given, batch, scored)
+  whole, _ = jax.jit(steps[4].update)(now, given, batch, scored)
   one = jax.jit(steps[1].update)
-  for share in range(2):
-    mine = (jnp.arange(len(batch.tokens)) % 2 == share)[:, None]
-    plan = scored.plan._replace(coef=2 * scored.plan.coef * mine)
+  for share in range(4):
+    mine = (jnp.arange(len(batch.tokens)) % 4 == share)[:, None]
+    plan = scored.plan._replace(coef=4 * scored.plan.coef * mine)
     now, _ = one(now, given, batch, scored._replace(plan=plan))
-  close(both.params, now.params)
+  close(whole.params, now.params)
 
 
 def test_a_black_image_is_another_batch():
