@@ -13,7 +13,7 @@ NEEDS = (  # (what must be there, when)
   ('hints', lambda o: 'privileged' in o.contexts),
   ('a verifier', lambda o: o.rewards),
   ('completions in the data', lambda o: o.source != 'student'),
-  ('a crop of the image', lambda o: 'crop' in o.images),
+  ('boxes', lambda o: o.images & {'crop', 'boxed'}),
   ('a degraded image', lambda o: 'degraded' in o.images),
 )
 

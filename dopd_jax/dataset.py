@@ -15,6 +15,7 @@ from dopd_jax.data import (
   make_pipeline,
   open_source,
   tokenise,
+  view_grids,
 )
 from dopd_jax.errors import UserError
 from dopd_jax.objectives import Objective
@@ -54,7 +55,7 @@ def open_pipeline(config: Config, pair: Pair, objective: Objective) -> Pipeline:
       f'data.stages last {pipeline.length} steps and steps is {config.steps}: make them equal'
     )
   records = [example.record for example in pipeline.examples()]
-  check_crops(config, pair, objective, list(pipeline.examples()))
+  check_views(config, pair, objective, list(pipeline.examples()))
   for record in records:
     if objective.source != 'student' and record.completion is None:
       raise UserError(
@@ -80,8 +81,12 @@ def open_pipeline(config: Config, pair: Pair, objective: Objective) -> Pipeline:
   return pipeline
 
 
-def check_crops(config: Config, pair: Pair, objective: Objective, examples: list[Example]) -> None:
-  """Raises `UserError` where a record can't be cropped, or its crop makes a prompt too long."""
+def check_views(config: Config, pair: Pair, objective: Objective, examples: list[Example]) -> None:
+  """Raises `UserError` where a view needs boxes and has none, or makes a prompt too long."""
+  if pair.sight is not None:
+    for view in objective.images:
+      for example in examples:
+        view_grids(example, pair.sight.inputs.processor, view)
   for name in objective.prompts:
     if name.endswith('+crop'):
       limit = config.data.max_prompt_tokens

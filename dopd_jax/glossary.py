@@ -71,6 +71,9 @@ METRICS: dict[str, Metric] = {
   'train/entropy/Fc': Metric(
     'Entropy of Fc', 'nats', 'The same of that copy with the cropped image.'
   ),
+  'train/entropy/Fb': Metric(
+    'Entropy of Fb', 'nats', 'The same of that copy with the boxes drawn into the image.'
+  ),
   'train/regime_share/<regime>': Metric(
     'Share of <regime>', 'share', 'Tokens of the rollout batch routed to the regime.'
   ),

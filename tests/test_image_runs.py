@@ -196,11 +196,17 @@ def test_methods_on_images(method, tmp_path):
   assert np.isfinite([v for v in last.values() if v is not None]).all()
 
 
-def test_crops_and_degraded_images_are_other_views(tmp_path):
+def test_crops_frames_and_degraded_images_are_other_views():
   """Vision-OPD's teacher reads a prompt of another length; VA-OPD's the same ids."""
   _, _, batch = world('vision_opd')
   assert set(batch.prompts) == {'plain', 'plain+crop'} and set(batch.images) == {'full', 'crop'}
   assert (batch.prompts['plain'].length != batch.prompts['plain+crop'].length).any()
+  _, _, batch = world('vision_opd', objective__evidence='boxed')
+  assert set(batch.prompts) == {'plain', 'plain+boxed'} and set(batch.images) == {'full', 'boxed'}
+  full, boxed = batch.images['full'], batch.images['boxed']
+  np.testing.assert_array_equal(full.grid, boxed.grid)
+  assert (np.abs(full.patches - boxed.patches).max((1, 2, 3)) > 0.1).all()  # a frame in every one
+  np.testing.assert_array_equal(batch.prompts['plain'].tokens, batch.prompts['plain+boxed'].tokens)
   _, _, batch = world('va_opd')
   full, degraded = batch.images['full'], batch.images['degraded']
   np.testing.assert_array_equal(full.grid, degraded.grid)
@@ -246,6 +252,23 @@ def test_placeholders_are_never_sampled():
   _, pair, batch = world()
   banned = pair.banned_ids
   assert len(banned) >= 3 and not np.isin(np.asarray(batch.tokens), banned).any()
+
+
+@pytest.mark.parametrize('evidence', ['crop', 'boxed'])
+def test_evidence_needs_boxes(evidence, tmp_path):
+  from dopd_jax import tasks
+
+  records = tasks.make_records('digits', 3, 0)
+  for record in records:
+    record.pop('boxes'), record.pop('labels')
+    path = tmp_path / f'{record["id"].replace("/", "-")}.png'
+    path.write_bytes(record.pop('images')[0])
+    record['images'] = [path.name]
+  data = tmp_path / 'data.jsonl'
+  data.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  with pytest.raises(UserError, match=f'Record digits/.* no boxes, and the view {evidence} is'):
+    run(tmp_path / 'run', 'vision_opd', objective__evidence=evidence, data__train=str(data))
+  assert not (tmp_path / 'run').exists()
 
 
 def test_policies_that_cut_images_differently_are_refused(tmp_path):

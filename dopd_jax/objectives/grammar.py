@@ -21,7 +21,7 @@ from dopd_jax.losses import reduction, rules
 
 WEIGHTS = ('student', 'ema', 'frozen', 'teacher', 'reference')
 CONTEXTS = ('plain', 'privileged', 'sibling')
-IMAGES = ('full', 'crop', 'degraded')
+IMAGES = ('full', 'crop', 'boxed', 'degraded')
 SOURCES = ('student', 'data', 'mixed')
 SAMPLER = 'sampler'  # an `old_logp` that is the sampler's own
 
@@ -32,7 +32,8 @@ class View(NamedTuple):
   `weights`: `student` (live), `ema` or `frozen` (a running mean, or the first copy, of the
   student), `teacher`, `reference` (a second model that is given). `context`: `plain`, `privileged`
   (the record's), or `sibling` (made after the rollout: another completion of the same prompt that
-  was right). `image`: the `full` one, its `crop` to the evidence, or a `degraded` one.
+  was right). `image`: the `full` one, its `crop` to the evidence, the one with the evidence
+  `boxed` (framed), or a `degraded` one.
   """
 
   weights: str

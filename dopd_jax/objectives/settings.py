@@ -27,6 +27,7 @@ _ONE_OF = {
   'teacher_context': grammar.CONTEXTS,
   'student_context': grammar.CONTEXTS[:2],
   'old_logp': (grammar.SAMPLER, 'student'),
+  'evidence': ('crop', 'boxed'),
   'teacher': ('teacher', 'frozen', 'ema', 'student'),
 }
 _SHARES = (
