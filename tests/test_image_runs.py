@@ -88,7 +88,7 @@ def test_a_run_on_images_and_its_resume(tmp_path):
   found = rows(tmp_path / 'whole')
   assert [r['step'] for r in found] == [0, 1, 2, 3, 4]
   for row in found[1:]:
-    assert row['train/rollout_logp_gap_max'] < 1e-4  # the sampler saw what the trainer sees
+    assert row['train/rollout_logp_gap_max'] < 1e-4  # V11: the sampler saw what the trainer sees
     assert np.isfinite([v for v in row.values() if v is not None]).all()
   shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
   os.unlink(tmp_path / 'cut' / 'checkpoints' / '00000004' / 'manifest.json')
@@ -185,6 +185,36 @@ def test_frozen_vision_needs_no_gradient_of_its_own():
   close(still['vision'], old['vision'], atol=0)
 
 
+def test_v16_features_are_those_of_the_weights():
+  """After a step of the tower alone, sampler and scorer see with the new tower."""
+  objective, pair, batch = world()
+  _, _, new, old = update()
+  moved = {**old, 'vision': new['vision']}
+  config = vl_pairs.config()
+  given, _ = teachers.given(pair.given)
+  steps = step.make_steps(
+    pair.student.model,
+    pair.models,
+    objective,
+    optax.sgd(0.1),
+    live_vocab=len(pair.tokenizer),
+    microbatch=8,
+    head_tile=4,
+    samples=2,
+  )
+  score = jax.jit(steps.score)
+  before, after = (
+    score(state.create(p, optax.sgd(0.1), objective), given, batch).signals for p in (old, moved)
+  )
+  assert np.abs(before['Sp'].logp_y - after['Sp'].logp_y).max() > 1e-6
+  np.testing.assert_array_equal(before['Tp'].logp_y, after['Tp'].logp_y)
+  pipeline = dataset.open_pipeline(config, pair, objective)
+  sample = collect.make_collect(config, pair, objective, sharding.make_mesh(1, -1, 1))
+  examples = next(pipeline)
+  first, second = (sample(p, examples, 1).batch for p in (old, moved))
+  assert (np.asarray(first.logp) != np.asarray(second.logp)).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'method',
@@ -271,7 +301,7 @@ def test_evidence_needs_boxes(evidence, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-def test_policies_that_cut_images_differently_are_refused(tmp_path):
+def test_v11_policies_that_cut_images_differently_are_refused(tmp_path):
   _, teacher = vl_pairs.pair()
   other = tmp_path / 'teacher'
   shutil.copytree(teacher, other)

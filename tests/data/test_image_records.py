@@ -152,7 +152,7 @@ def test_examples_carry_sources_and_grids_not_pixels():
   assert [len(p) for p in patches] == [16, 24] and tuple(grids) == example.grids
 
 
-def test_too_long_prompts_go_with_their_images_and_are_counted():
+def test_v4_too_long_prompts_go_with_their_images_and_are_counted():
   one, two = png(16, 16), png(40, 40)  # 4 and 25 tokens
   records = [
     Record('fits', 'what is this', '', images=(one,)),

@@ -90,7 +90,7 @@ BROKEN = {
     lambda hf: _with(hf, 'text_config', rope_parameters={'mrope_interleaved': False}),
     'M-RoPE that is not interleaved',
   ),
-  'sections': (
+  'V15 sections': (
     lambda hf: _with(hf, 'text_config', rope_parameters={'mrope_section': [4, 4, 4]}),
     r'\(4, 4, 4\) must add up to head_dim / 2 = 8',
   ),
