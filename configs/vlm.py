@@ -11,7 +11,8 @@ not: `data.train` expects records with `prompt`, `images`, `boxes` and `labels`.
 policies see is made of them: `--config.data.privileged_kind=` box+label (the paper), box+caption,
 box, label, caption, answer or none (its Table 5). Device: a TPU pod or 8 GPUs; never run on one.
 
-`smoke` trains a tiny pair on real handwritten digits; `configs/vlm_sft.py` makes that pair first.
+`smoke` trains the tiny pair that the package carries on real handwritten digits;
+`configs/vlm_sft.py` made it.
 """
 
 from dopd_jax import config
@@ -65,8 +66,8 @@ def get_config(arg=''):
   if a.settings == 'published':
     c.update_from_flattened_dict(PUBLISHED.get(a.method, {}))
   if a.smoke:
-    c.teacher.path = 'runs/digits-teacher'
-    c.student.path = 'runs/digits-student'
+    c.teacher.path = 'package:dopd_jax/assets/digits/teacher'
+    c.student.path = 'package:dopd_jax/assets/digits/student'
     c.data.train = f'{TASK}?size=4000&seed={1000 + a.seed}'
     c.data.eval = f'{TASK}?size=500&seed=8&split=test'
     c.data.privileged_kind = 'column'
@@ -81,9 +82,9 @@ def get_config(arg=''):
     c.optimizer.warmup_steps = 5
     c.freeze = 'nothing'
     c.microbatch = 128
-    c.steps = 40
-    c.evaluation.every = 20
-    c.checkpoint.every = 20
+    c.steps = 240
+    c.evaluation.every = 40
+    c.checkpoint.every = 40
     c.checkpoint.best = 'eval/accuracy'
-    c.log.every = 5
+    c.log.every = 20
   return c

@@ -2,12 +2,15 @@ r"""Makes the pair of `configs/vlm.py:smoke` from nothing: supervised training o
 
   pip install 'dopd_jax[tasks]'
   python -m dopd_jax.sft --config=configs/vlm_sft.py:model=teacher --workdir=runs/vlm-teacher
-  python -m dopd_jax.export --workdir=runs/vlm-teacher --out=runs/digits-teacher
+  python -m dopd_jax.export --workdir=runs/vlm-teacher --out=dopd_jax/assets/digits/teacher
   python -m dopd_jax.sft --config=configs/vlm_sft.py:model=student --workdir=runs/vlm-student
-  python -m dopd_jax.export --workdir=runs/vlm-student --out=runs/digits-student
+  python -m dopd_jax.export --workdir=runs/vlm-student --out=dopd_jax/assets/digits/student
 
-Device: 2 CPU cores, minutes. Half of the rows show the hint, so that both can use one and need
-none.
+Device: 2 CPU cores, 9 and 3 minutes. Half of the rows show the hint, so that both can use one and
+need none. Both first read any digit of the picture (about 35 % right, for a thousand steps and
+more), then find the one that is asked for. The student stops on its way through that: at a constant
+rate a shorter run is the beginning of a longer one, and 1,900 steps is where accuracy without the
+hint is about 60 %.
 """
 
 from dopd_jax import config, tasks
@@ -50,7 +53,7 @@ def get_config(arg=''):
   c.tokenizer = 'task:digits'
   c.objective.privileged_share = 0.5
   teacher = a.model == 'teacher'
-  c.data.train = f'{TASK}?size={30_000 if teacher else 5_000}&seed={1 if teacher else 2}'
+  c.data.train = f'{TASK}?size=30000&seed={1 if teacher else 2}'
   c.data.eval = f'{TASK}?size=500&seed=7&split=test'
   c.data.min_pixels = tasks.digits.PROCESSOR['min_pixels']
   c.data.max_pixels = tasks.digits.PROCESSOR['max_pixels']
@@ -64,7 +67,8 @@ def get_config(arg=''):
   c.optimizer.warmup_steps = 100
   c.optimizer.weight_decay = 0.01
   c.microbatch = 64
-  c.steps = 2500 if teacher else 1200
+  c.optimizer.final_share = 0.0 if teacher else 1.0
+  c.steps = 2500 if teacher else 1900
   c.evaluation.every = 100
   c.checkpoint.every = 100
   c.log.every = 50

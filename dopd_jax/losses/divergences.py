@@ -12,8 +12,6 @@ truly infinite stays `+inf`: it is never clamped. First derivatives only: `js_di
 `generalised_js` write their gradient in closed form.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,16 +45,16 @@ def _difference(a: Array, b: Array) -> Array:
   return jnp.where(live, jnp.where(live, a, 0.0) - jnp.where(live, b, 0.0), 0.0)
 
 
-def log_over_mixture(log_ratio: Array, weight: float) -> Array:
-  """`log(a / ((1 - weight) a + weight b))` from `log_ratio = log(a / b)`, 0 < weight < 1.
+def logs_over_mixture(log_ratio: Array, weight: float) -> tuple[Array, Array]:
+  """`log(p / m)` and `log(q / m)` from `log_ratio = log(p / q)`, m = (1 - weight) p + weight q.
 
-  Never takes the log of a mixture that has underflowed, and keeps its relative precision where a
-  and b are nearly equal.
+  The larger of p and q is at most 1 / min(weight, 1 - weight) times m, so one log1p of a bounded
+  number gives its log, and the ratio gives the other's: no log of a mixture that has underflowed,
+  and full relative precision where p and q are nearly equal. 0 < weight < 1.
   """
-  near = jnp.abs(log_ratio) < 1.0
-  close = -jnp.log1p(weight * jnp.expm1(-jnp.where(near, log_ratio, 0.0)))
-  far = -jnp.logaddexp(math.log1p(-weight), math.log(weight) - jnp.where(near, 0.0, log_ratio))
-  return jnp.where(near, close, far)
+  up = log_ratio >= 0
+  larger = -jnp.log1p(jnp.where(up, weight, 1.0 - weight) * jnp.expm1(-jnp.abs(log_ratio)))
+  return jnp.where(up, larger, larger + log_ratio), jnp.where(up, larger - log_ratio, larger)
 
 
 def forward_kl(
@@ -175,6 +173,7 @@ def generalised_js(
   # The mixture's own derivative sums to nothing (it is where both KLs are stationary), so it is
   # cut: what is left, (1-b) p log(p/m), is exact also where p and q differ by less than rounding.
   fixed = lax.stop_gradient(s)
-  log_p_over_m = log_over_mixture(_difference(fixed, t), weight)
-  log_q_over_m = log_over_mixture(_difference(t, fixed), 1.0 - weight)
+  # Each side's own guard: at a token that one of them rules out, only the other has a term.
+  log_p_over_m, _ = logs_over_mixture(_difference(fixed, t), weight)
+  _, log_q_over_m = logs_over_mixture(-_difference(t, fixed), weight)
   return (1.0 - weight) * _expect(s, log_p_over_m) + weight * _expect(t, log_q_over_m)

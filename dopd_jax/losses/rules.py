@@ -71,6 +71,20 @@ def check(rule: Rule) -> None:
     raise ValueError(f'k must be at least 1, got {rule.k}')
 
 
+def weights_of(table: Table) -> dict[Rule, tuple[float, ...]]:
+  """The different rules of a table, at weight 1, each with its weight in every regime.
+
+  A last entry of 0 is for regime -1. Rules of weight 0 are left out.
+  """
+  found: dict[Rule, list[float]] = {}
+  for r, rules in enumerate(table):
+    for rule in rules:
+      if rule.weight:
+        row = found.setdefault(rule._replace(weight=1.0), [0.0] * (len(table) + 1))
+        row[r] += rule.weight
+  return {rule: tuple(row) for rule, row in found.items()}
+
+
 def loss_of(
   rule: Rule,
   student_logp: Float[Array, 'N V'],
@@ -142,16 +156,9 @@ def token_loss(
   none. A token that a pass does not select enters it as all-zero logits and leaves it as 0, so that
   nothing non-finite at a masked token reaches the value or the gradient.
   """
-  weights_R: dict[Rule, list[float]] = {}
-  for r, rules in enumerate(table):
-    for rule in rules:
-      if rule.weight:
-        row = weights_R.setdefault(rule._replace(weight=1.0), [0.0] * len(table))
-        row[r] += rule.weight
-
   loss = jnp.zeros(tokens.shape, divergences.as_float(student_logits).dtype)
-  for rule, row in weights_R.items():
-    weight_R = jnp.asarray(row + [0.0], loss.dtype)  # regime -1 reads the last entry
+  for rule, row in weights_of(table).items():
+    weight_R = jnp.asarray(row, loss.dtype)
     weight = weight_R[regime]
     selected = weight != 0
 

@@ -143,6 +143,17 @@ def sampled_token(
   """
   s, t = divergences._prepare(student_logp, source_logp)
   s_y, t_y = (jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0] for x in (s, t))
+  return sampled_score(divergence, s_y, t_y, clip)
+
+
+def sampled_score(
+  divergence: str,
+  student_logp_y: Float[Array, '...'],
+  source_logp_y: Float[Array, '...'],
+  clip: float | None = None,
+) -> Float[Array, '...']:
+  """`sampled_token` from the log-probs of the sampled tokens; arguments and errors as there."""
+  s_y, t_y = student_logp_y, source_logp_y
   log_p = lax.stop_gradient(s_y)
   log_ratio = log_p - t_y
   if divergence == 'reverse_kl':
@@ -153,8 +164,7 @@ def sampled_token(
     value = jnp.where(ratio > 0, -ratio * jnp.where(ratio > 0, log_ratio, 0.0), 0.0)
     coefficient = -ratio
   elif divergence == 'js':
-    log_p_over_m = divergences.log_over_mixture(log_ratio, 0.5)
-    log_q_over_m = divergences.log_over_mixture(-log_ratio, 0.5)
+    log_p_over_m, log_q_over_m = divergences.logs_over_mixture(log_ratio, 0.5)
     ratio = jnp.exp(-log_ratio)
     value = 0.5 * (log_p_over_m + jnp.where(ratio > 0, ratio * log_q_over_m, 0.0))
     coefficient = 0.5 * log_p_over_m
