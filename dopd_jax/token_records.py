@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def describe(
         'privileged_context': example.record.privileged_context,
         'pictures': pictures(example),
         'completion_ids': ids,
-        'tokens': [tokenizer.decode([i]) for i in ids],
+        'tokens': pieces(tokenizer, ids),
         **{name: values[b][keep].astype(float).tolist() for name, values in arrays.items()},
         'regime': [regimes[r] for r in scored.plan.regime[b][keep]],
         'stop_reason': int(stop_reason[b]),
@@ -64,6 +65,19 @@ def describe(
       }
     )
   return records
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+  """What each id adds to the text: many tokenizers drop the space before a word that stands alone.
+
+  An id that changes what stood before it (the second half of a character) has its own decoding.
+  """
+  alone = [tokenizer.decode([i]) for i in ids]
+  found = alone[:1]
+  for (first, before), (second, text) in itertools.pairwise(zip(ids, alone)):
+    both = tokenizer.decode([first, second])
+    found.append(both[len(before) :] if both.startswith(before) else text)
+  return found
 
 
 def pictures(example: Example, side: int = 512) -> list[dict[str, Any]]:

@@ -49,3 +49,14 @@ def test_the_table_of_methods_is_that_of_the_code():
   methods = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(methods)
   assert methods.PAGE.read_text() == methods.page(), 'run python docs/methods.py'
+
+
+def test_the_record_of_an_image_is_one():
+  page = (ROOT / 'docs' / 'images.md').read_text()
+  (line,) = re.findall(r'```json\n(.*?)\n```', page, re.DOTALL)
+  record = data.parse_record(
+    json.loads(line), 'images.md', default_id='x', privileged_kind='box+label'
+  )
+  assert record.boxes == ((112.0, 40.0, 530.0, 640.0),) and record.labels == ('dog',)
+  for path in re.findall(r'\]\(([\w/.-]+)\)', page):
+    assert (ROOT / 'docs' / path).exists(), path
