@@ -22,8 +22,7 @@ ROWS = P(('data', 'fsdp'))
 # Names of parameters, as paths, and how their dimensions are split (letters: dopd_jax.models).
 # A name must match exactly one rule. (The path of an optimizer's moment ends in the same name.)
 RULES = (
-  (r'embedding', P('tensor', 'fsdp')),  # V D
-  (r'lm_head', P('fsdp', 'tensor')),  # D V
+  (r'embedding|lm_head', P('tensor', 'fsdp')),  # V D
   (r'final_norm', P(None)),  # D
   (r'layers/(attention|mlp)_norm', P(None, None)),  # L D
   (r'layers/attention/[qkv]_proj', P(None, 'fsdp', 'tensor', None)),  # L D Q H, L D K H

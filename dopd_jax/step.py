@@ -147,7 +147,7 @@ def make_steps(
 
     def one(h, head):
       logits = jnp.einsum(
-        'BND,DV->BNV', h, head.astype(h.dtype), preferred_element_type=jnp.float32
+        'BND,VD->BNV', h, head.astype(h.dtype), preferred_element_type=jnp.float32
       )
       logits = logits[..., :live_vocab]
       # Finite, so that 0 * log 0 stays 0 everywhere; its exponential is exactly 0.

@@ -89,7 +89,7 @@ def dense_logits(model, params, prompt, batch):
     ids[b, : p + n] = np.concatenate([prompt.tokens[b, :p], batch.tokens[b, :n]])
   valid = np.arange(ids.shape[1])[None] < np.array([p + n for p, n in lengths])[:, None]
   hidden, _ = jax.jit(model.forward)(params, ids, valid)
-  logits = np.asarray(hidden @ model.head(params))[..., :LIVE]
+  logits = np.asarray(hidden @ model.head(params).T)[..., :LIVE]
   out = np.zeros((B, N, LIVE), np.float32)
   for b, (p, n) in enumerate(lengths):
     out[b, :n] = logits[b, p - 1 : p - 1 + n]
@@ -116,7 +116,7 @@ def test_score_and_update_equal_the_dense_library_form():
   def loss(p):
     hidden, _ = student.forward(p, ids, valid)
     rows = losses.completion_rows(hidden, batch.prompts['plain'].length, 7)
-    logits = (rows @ student.head(p))[..., :LIVE]
+    logits = (rows @ student.head(p).T)[..., :LIVE]
     return losses.dopd_loss(logits, Sp, Tp, batch.tokens, batch.mask, k=5)[0]
 
   grads = jax.jit(jax.grad(loss))(params)

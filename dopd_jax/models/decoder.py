@@ -44,7 +44,7 @@ class Model(NamedTuple):
   init(key) -> params                      random, float32; a vision tower's under 'vision'
   forward(params, tokens [B, T], valid [B, T], positions=None, cache=None, features=None)
       -> (hidden, cache)
-      hidden [B, T, D] after the final norm, in the compute dtype. Logits are `hidden @ head`, with
+      hidden [B, T, D] after the final norm, in compute dtype. Logits are `hidden @ head.T`, with
       `preferred_element_type=float32`. Padding (not valid) may be on either side: nothing looks at
       it, and its own rows are finite and mean nothing. `positions` [B, T] int32 default to the
       running count of valid tokens, continued from the cache. With a cache, tokens are written to
@@ -55,7 +55,7 @@ class Model(NamedTuple):
       feature k of the row. Their number is the caller's to keep: an id without a feature meets
       zeros. Decoding goes on as for text, from the largest position of the row.
   init_cache(batch, length) -> Cache       empty, in the compute dtype
-  head(params) -> [D, V]                   tied: the embedding table transposed
+  head(params) -> [V, D]                   tied: the embedding table
   see(params, images) -> Features          the vision tower; None for a model of text alone
   """
 
@@ -105,7 +105,7 @@ def build(config: DecoderConfig, *, compute_dtype: Any = jnp.float32, remat: boo
     )
 
   def head(params):
-    return params['embedding'].T if config.tie_word_embeddings else params['lm_head']
+    return params['embedding' if config.tie_word_embeddings else 'lm_head']
 
   see = None if config.vision is None else _see(config.vision, compute_dtype, remat)
   return Model(config, init, forward, init_cache, head, see)
@@ -171,7 +171,7 @@ class Decoder(nnx.Module):
     self.final_norm = ones(config.hidden_size)
     # A tied head is the embedding table used twice: one parameter, not two references to it.
     if not config.tie_word_embeddings:
-      self.lm_head = matrix(config, rngs, config.hidden_size, config.vocab_size)
+      self.lm_head = matrix(config, rngs, config.vocab_size, config.hidden_size)
 
   def embed(self, tokens: Int[Array, 'B T'], dtype: Any) -> Float[Array, 'B T D']:
     return constrain_rows(self.embedding[...][tokens].astype(dtype))

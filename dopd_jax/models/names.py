@@ -1,6 +1,7 @@
 """Which tensor of Hugging Face is which leaf of the tree, and how one is made of the other.
 
 A matrix of Hugging Face is [out, in]; ours is [in, *out] with heads unfolded: `w.T.reshape(shape)`.
+Embedding and head stay as they are, [V, D].
 A layer of a stacked leaf is a tensor of its own.
 """
 
@@ -68,7 +69,7 @@ class Slot(NamedTuple):
 
   @property
   def turned(self) -> bool:
-    return not self.leaf.endswith(('embedding', 'norm', 'bias'))
+    return not self.leaf.endswith(('embedding', 'lm_head', 'norm', 'bias'))
 
   def from_hf(self, value: np.ndarray) -> np.ndarray:
     if not self.turned:
@@ -105,7 +106,7 @@ def _name(config, leaf) -> str:
 
 
 def _hf_shape(config, leaf, shape) -> tuple[int, ...]:
-  if leaf.endswith(('embedding', 'norm', 'bias')):
+  if leaf.endswith(('embedding', 'lm_head', 'norm', 'bias')):
     return shape
   if leaf == 'vision/patch_proj':
     vision = config.vision

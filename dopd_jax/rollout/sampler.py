@@ -97,13 +97,13 @@ def make_generate(
   def generate(params, tokens, valid, key, record_index, **prompt):
     b, P = tokens.shape
     head = model.head(params)
-    live = _live_mask(head.shape[1], live_vocab, banned_ids)
+    live = _live_mask(head.shape[0], live_vocab, banned_ids)
     keys = _sample_keys(key, record_index, M)
 
     def write(state: _State, hidden: Float[Array, 'B D']) -> _State:
       """Draws the token of column `step` for the rows that are active."""
       logits = jnp.einsum(
-        'BD,DV->BV', hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+        'BD,VD->BV', hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
       )
       logits = jnp.where(live[None, :], logits, -jnp.inf)
       token, logp, behaviour_logp = _draw(_fold(keys, state.step), logits, sampling)

@@ -35,7 +35,7 @@ def test_cached_decoding_is_the_full_forward_at_every_step(kind):
   assert int(cache.index) == T
   np.testing.assert_array_equal(cache.position, [n + steps for n in prompt])
   np.testing.assert_array_equal(cache.valid[:, :T], valid)
-  ours = jnp.concatenate(got, axis=1) @ model.head(params)
+  ours = jnp.concatenate(got, axis=1) @ model.head(params).T
   close(jnp.where(valid[..., None], ours - full, 0), 0)
 
 
@@ -179,9 +179,9 @@ def test_the_tied_head_is_the_embedding(kind):
   tied = model.config.tie_word_embeddings
   assert ('lm_head' in params) != tied
   moved = params | {'embedding': params['embedding'].at[7].add(1.0)}
-  changed = np.any(np.asarray(model.head(moved)) != np.asarray(model.head(params)), axis=0)
+  changed = np.any(np.asarray(model.head(moved)) != np.asarray(model.head(params)), axis=1)
   assert list(np.flatnonzero(changed)) == ([7] if tied else [])
-  assert model.head(params).shape == (model.config.hidden_size, model.config.vocab_size)
+  assert model.head(params).shape == (model.config.vocab_size, model.config.hidden_size)
 
 
 def test_dropped_layers_are_copies():

@@ -48,7 +48,7 @@ def test_forward_and_head_shapes(name):
     lambda x: (x.shape, x.dtype), cache
   )
   head = jax.eval_shape(model.head, params)
-  assert head.shape == (config.hidden_size, config.vocab_size)
+  assert head.shape == (config.vocab_size, config.hidden_size)
 
 
 def test_head_width_is_not_hidden_over_heads():

@@ -74,7 +74,7 @@ def test_the_peer_tells_what_could_be_wrong(pair):
     assert np.abs(tiny_vl.logits(model, params, data, wrong) - theirs).max() > 0.1
   count = np.cumsum(data.valid, axis=1, dtype=np.int32) - 1
   hidden, _ = jax.jit(model.forward)(params, data.tokens, data.valid, count, features=features)
-  assert np.abs(hidden @ model.head(params) - theirs).max() > 0.1
+  assert np.abs(hidden @ model.head(params).T - theirs).max() > 0.1
 
 
 def test_greedy_decoding_is_that_of_transformers(pair):
@@ -99,7 +99,7 @@ def test_greedy_decoding_is_that_of_transformers(pair):
   )
   ours = []
   for _ in range(steps):
-    ours.append(jnp.argmax(hidden[:, -1] @ model.head(params), axis=-1))
+    ours.append(jnp.argmax(hidden[:, -1] @ model.head(params).T, axis=-1))
     hidden, cache = forward(params, ours[-1][:, None], np.ones((3, 1), bool), cache=cache)
   np.testing.assert_array_equal(np.stack(ours, axis=1), theirs)
 
@@ -212,7 +212,7 @@ def test_gradient_is_that_of_transformers(pair, remat):
   def loss(params):
     features = model.see(params, data.images)
     hidden, _ = model.forward(params, data.tokens, data.valid, places, features=features)
-    return jnp.sum(hidden @ model.head(params) * weight)
+    return jnp.sum(hidden @ model.head(params).T * weight)
 
   ours = jax.jit(jax.grad(loss))(params)
   import torch

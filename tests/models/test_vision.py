@@ -206,7 +206,7 @@ def test_the_mesh_changes_nothing(sizes):
 
   def compute(params, tokens, valid, places, images):
     features = model.see(params, images)
-    return model.forward(params, tokens, valid, places, features=features)[0] @ model.head(params)
+    return model.forward(params, tokens, valid, places, features=features)[0] @ model.head(params).T
 
   with jax.set_mesh(mesh):
     got = jax.jit(compute)(spread, *inputs)

@@ -98,7 +98,7 @@ def logits(built, params, tokens, valid, positions=None):
 
   def compute(params, tokens, valid, positions):
     hidden, _ = built.forward(params, tokens, valid, positions)
-    return jnp.einsum('BTD,DV->BTV', hidden, built.head(params))
+    return jnp.einsum('BTD,VD->BTV', hidden, built.head(params))
 
   return jax.jit(compute)(params, tokens, valid, positions)
 

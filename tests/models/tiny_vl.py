@@ -220,7 +220,7 @@ def logits(built, params, data, features=None):
   @jax.jit
   def compute(params, tokens, valid, positions, features):
     hidden, _ = built.forward(params, tokens, valid, positions, features=features)
-    return jnp.einsum('BTD,DV->BTV', hidden, built.head(params))
+    return jnp.einsum('BTD,VD->BTV', hidden, built.head(params))
 
   features = see(built, params, data) if features is None else features
   return compute(params, data.tokens, data.valid, positions(built, data), features)

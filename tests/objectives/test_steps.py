@@ -157,7 +157,7 @@ def test_several_updates_share_one_plan(name):
     ids, valid = losses.pack(prompt.tokens[rows], prompt.length[rows], tokens[rows], mask[rows])
     hidden, _ = student.forward(params, ids, valid)
     hidden = losses.completion_rows(hidden, prompt.length[rows], tokens.shape[1])
-    logits = (hidden @ student.head(params))[..., : test_step.LIVE]
+    logits = (hidden @ student.head(params).T)[..., : test_step.LIVE]
     plan = jax.tree.map(lambda x: x[rows] if x.ndim else x, aux.plan)
     each = losses.batched_token_loss(
       objective.rules,
