@@ -162,7 +162,7 @@ class Config:
   mesh: Mesh = Mesh()
   steps: int = 200
   microbatch: int = 8  # rows a forward and backward pass
-  head_tile: int = 128  # completion positions of a micro-batch whose logits exist at once
+  head_tile: int = 0  # tokens whose logits exist at once; 0: as many as make an array of 256 MiB
   compute_dtype: str = 'auto'  # bfloat16 on accelerators, float32 on CPU
   seed: int = 0
 
@@ -286,7 +286,7 @@ def _check(c: Config) -> None:
   at_least = {
     'steps': (c.steps, 1),
     'microbatch': (c.microbatch, 1),
-    'head_tile': (c.head_tile, 1),
+    'head_tile': (c.head_tile, 0),
     'rollout.prompts': (c.rollout.prompts, 1),
     'rollout.samples': (c.rollout.samples, 1),
     'rollout.prompts_at_once': (c.rollout.prompts_at_once, 0),

@@ -5,9 +5,9 @@ r"""The pure steps: `score` asks every view about a rollout batch, `update` trai
              loss = sum(coef * token_loss); optimizer; once, or on one share of the rows after the
              other
 
-Between the two go hidden states, never logits: at V = 151,936 that is 40 times fewer bytes. Logits
-exist for `head_tile` completion positions of a micro-batch at once, in float32, and are made again
-in the backward pass. Rows are dealt to micro-batches like cards, so that each device keeps its own.
+Between the two go hidden states, never logits: at V = 151,936 that is 40 times fewer bytes. The
+fused head (`losses.head`) has logits for `head_tile` tokens at once, in float32, and makes the
+gradients on the way. Rows are dealt to micro-batches like cards, so that each device keeps its own.
 """
 
 import functools
@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dopd_jax import heads
 from dopd_jax.config import micro_batches
 from dopd_jax.losses import pairing, rules
+from dopd_jax.losses.head import Part, Rows, Setting
 from dopd_jax.models import Model
-from dopd_jax.objectives import Objective, Plan, Seen, Signals, View, dense, make_plan
+from dopd_jax.objectives import Objective, Plan, Seen, Signals, View, make_plan
 from dopd_jax.state import TrainState
 
 
@@ -126,13 +127,19 @@ def make_steps(
     tx: the optimizer.
     live_vocab: `len(tokenizer)`: columns of any head beyond it have probability 0.
     microbatch: most rows of a forward and backward pass.
-    head_tile: completion positions whose logits exist at once.
+    head_tile: tokens whose logits exist at once; 0: as many as make an array of 256 MiB.
     samples: completions a prompt.
     seed: of what the objective draws.
     frozen_vision: no gradient is made for the student's vision features.
     banned_ids: ids that the sampler never draws; every policy gives them probability 0 here too.
   """
-  banned = np.isin(np.arange(live_vocab), np.array(banned_ids, np.int64))
+  setting = Setting(
+    tuple(map(tuple, objective.rules)),
+    objective.temperature,
+    live_vocab,
+    tuple(banned_ids),
+    head_tile,
+  )
 
   def readers(view: View) -> Mapping[str, Model]:
     return {'': student} if view.weights in OWN else models[view.weights]
@@ -141,20 +148,6 @@ def make_steps(
     own = {'student': state.params, 'ema': state.ema, 'frozen': state.frozen}
     params = own[view.weights] if view.weights in own else given[view.weights][reader]
     return lax.stop_gradient(params)
-
-  def logits_of(hidden, heads):
-    """Of a view: the sum over its readers, of which each has zeros for the rows of the others."""
-
-    def one(h, head):
-      logits = jnp.einsum(
-        'BND,VD->BNV', h, head.astype(h.dtype), preferred_element_type=jnp.float32
-      )
-      logits = logits[..., :live_vocab]
-      # Finite, so that 0 * log 0 stays 0 everywhere; its exponential is exactly 0.
-      return jnp.where(banned, -1e9, logits) if banned_ids else logits
-
-    first, *rest = [one(h, heads[reader]) for reader, h in hidden.items()]
-    return sum(rest, first)
 
   def look(model: Model, params: Any, images: Any, rows: int):
     """Vision features of every row, made once for the rows of a prompt; None without images."""
@@ -189,13 +182,8 @@ def make_steps(
 
       def micro(x):
         hidden = trunk(model, params, *x)
-        tokens = x[1]
-
-        def tile(x):
-          logits = logits_of({'': x[0]}, {'': head})
-          return dense.signals_of(logits, x[1], objective.temperature)
-
-        return hidden, _over_tiles(tile, (hidden, tokens), head_tile)
+        _, tokens, mask, _ = x
+        return hidden, heads.signals(setting, hidden, head, tokens, mask)
 
       return _over_micro_batches(micro, batch, microbatch)
 
@@ -208,18 +196,36 @@ def make_steps(
   }
 
   @jax.jit
-  def compare(hidden, heads):
+  def compare(hidden, tables, mine, mask):
     """The pair signals of every row."""
+    at, zero = jnp.zeros(mask.shape, jnp.int32), jnp.zeros(mask.shape)
 
-    def tile(x):
-      logits = {name: logits_of(h, heads[name]) for name, h in x.items()}
-      T = objective.temperature
-      return {name: dense.compare(pair, logits, T) for name, pair in objective.pairs.items()}
+    def micro(x):
+      hidden, mine, at, zero, mask = x
+      found = {}
+      for name, pair in objective.pairs.items():
+        (student,) = parts_of(hidden, tables, mine, {pair.student: 1.0})
+        source = parts_of(hidden, tables, mine, {pair.source: 1.0})
+        rule = rules.Rule('source', pair.divergence)
+        rows = Rows(at, mask, at, zero)
+        seen = heads.losses(
+          setting._replace(table=((rule,),)), student.hidden, student.head, {'source': source}, rows
+        )
+        found[name] = seen.loss
+      return found
 
-    rows = lambda x: _over_tiles(tile, x, head_tile)
-    return _over_micro_batches(rows, hidden, microbatch)
+    return _over_micro_batches(micro, (hidden, mine, at, zero, mask), microbatch)
 
-  def heads_of(names, state: TrainState, given: Given):
+  def parts_of(hidden, tables, mine, blend) -> tuple[Part, ...]:
+    """Whose logits make a source: `blend` is the weight of each view in it."""
+    return tuple(
+      Part(h, tables[view][reader], weight, mine.get(reader))
+      for view, weight in blend.items()
+      for reader, h in hidden[view].items()
+    )
+
+  def tables_of(names, state: TrainState, given: Given):
+    """The heads of the views, by reader."""
     return {
       name: {
         reader: model.head(params_of(objective.views[name], reader, state, given))
@@ -253,54 +259,45 @@ def make_steps(
     pairs = {}
     if objective.pairs:
       compared = {x for pair in objective.pairs.values() for x in (pair.student, pair.source)}
-      heads = heads_of(compared, state, resident or given)
-      pairs = compare({name: hidden[name] for name in compared}, heads)
+      tables = tables_of(compared, state, resident or given)
+      seen = {name: hidden[name] for name in compared}
+      pairs = compare(seen, tables, rows_of_readers(batch), batch.mask)
     plan = plan_of(signals, batch.supervised, pairs, batch.logp, batch.reward, state.step)
     kept = {name: hidden[name] for name in sorted(objective.sources)}
     return Scored(kept, signals, plan)
 
-  def head_loss(head, hidden, source_heads, x):
-    """Sum of coef * token_loss over a micro-batch, and what to log of each token."""
+  def rows_of_readers(batch: Batch) -> dict[str, Array]:
+    """[B] bool of each of several teachers; where there is one, it reads every row."""
+    none = jnp.zeros(batch.tokens.shape[0], bool)
+    by_reader = (batch.teacher_rows or {}).items()
+    return {name: none.at[rows].set(True, mode='drop') for name, rows in by_reader}
 
-    def tile(x):
-      hidden, source_hidden, tokens, regime, coef, advantage, old_logp = x
-      logits = logits_of({'': hidden}, {'': head})
-      views = {name: logits_of(h, source_heads[name]) for name, h in source_hidden.items()}
-      loss = rules.batched_token_loss(
-        objective.rules,
-        logits,
-        dense.blend(objective, views),
-        tokens,
-        regime,
-        objective.temperature,
-        advantage,
-        old_logp,
-      )
-      weighted = jnp.where(coef != 0, coef * jnp.where(coef != 0, loss, 0.0), 0.0)
-      seen = dense.signals_of(lax.stop_gradient(logits), tokens, objective.temperature)
-      return weighted, TokenView(lax.stop_gradient(loss), seen.logp_y, seen.entropy)
-
-    weighted, seen = _over_tiles(jax.checkpoint(tile), (hidden, *x), head_tile)
-    return jnp.sum(weighted), seen
-
-  def source_heads(state: TrainState, given: Given, scored: Scored):
-    heads = heads_of(scored.hidden, state, given)
-    return {n: {r: heads[n][r] for r in readers} for n, readers in scored.hidden.items()}
+  def tables_of_sources(state: TrainState, given: Given, scored: Scored):
+    tables = tables_of(scored.hidden, state, given)
+    return {n: {r: tables[n][r] for r in readers} for n, readers in scored.hidden.items()}
 
   def rows_of(batch: Batch, scored: Scored):
     """What each row gives to the student's trunk, (prompt, tokens, mask), and to its head."""
     prompt = batch.prompts[objective.student.prompt]
     plan = scored.plan
-    x = (scored.hidden, batch.tokens, plan.regime, plan.coef, plan.advantage, plan.old_logp)
-    return (prompt, batch.tokens, batch.mask), x
+    rows = Rows(batch.tokens, batch.mask, plan.regime, plan.coef, plan.advantage, plan.old_logp)
+    return (prompt, batch.tokens, batch.mask), (scored.hidden, rows_of_readers(batch), rows)
+
+  def sources_of(hidden, tables, mine):
+    """The sources that the rules name, of a micro-batch."""
+    named = {r.source for table in objective.rules for r in table if r.source}
+    blends = {name: objective.blends.get(name, {name: 1.0}) for name in named}
+    return {n: parts_of(hidden, tables, mine, blend) for n, blend in blends.items()}
 
   def measure(state: TrainState, given: Given, batch: Batch, scored: Scored) -> TokenView:
-    heads, head = source_heads(state, given, scored), student.head(state.params)
+    tables, head = tables_of_sources(state, given, scored), student.head(state.params)
 
     def rows(x):
       prompt, tokens, mask = x[0]
       hidden = trunk(student, state.params, prompt, tokens, mask, x[2])
-      return head_loss(head, hidden, heads, x[1])[1]
+      source_hidden, mine, rows = x[1]
+      sources = sources_of(source_hidden, tables, mine)
+      return TokenView(*heads.losses(setting, hidden, head, sources, rows))
 
     seen = look(student, state.params, own_images(batch), batch.tokens.shape[0])
     return _over_micro_batches(rows, (*rows_of(batch, scored), seen), microbatch)
@@ -308,47 +305,49 @@ def make_steps(
   def own_images(batch: Batch):
     return (batch.images or {}).get(objective.student.image)
 
-  def update_once(state: TrainState, rows, heads, see) -> tuple[TrainState, Updated]:
+  def update_once(state: TrainState, rows, tables, see) -> tuple[TrainState, Updated]:
     """One update on `rows`; `see`: parameters -> their vision features, or None."""
     head, head_vjp = jax.vjp(student.head, state.params)
     features, see_vjp = jax.vjp(see, state.params)
 
     def micro(carry, x):
-      grads, head_grads, total = carry
-      (prompt, tokens, mask), for_head, features = x
+      grads, d_head, total = carry
+      (prompt, tokens, mask), (source_hidden, mine, for_head), features = x
       forward = lambda p, features: trunk(student, p, prompt, tokens, mask, features)
       hidden, trunk_vjp = jax.vjp(forward, state.params, features)
-      (loss, seen), (d_head, d_hidden) = jax.value_and_grad(head_loss, (0, 1), has_aux=True)(
-        head, hidden, heads, for_head
-      )
+      sources = sources_of(source_hidden, tables, mine)
+      seen, d_hidden, d_head = heads.grads(setting, hidden, head, sources, for_head, d_head)
       d_params, d_features = trunk_vjp(d_hidden)
       grads = jax.tree.map(jnp.add, grads, d_params)
       norm = jnp.linalg.norm(d_hidden.astype(jnp.float32), axis=-1)
-      return (grads, head_grads + d_head, total + loss), (seen, norm, d_features)
+      loss = jnp.sum(jnp.where(for_head.coef != 0, for_head.coef * seen.loss, 0.0))
+      return (grads, d_head, total + loss), (TokenView(*seen), norm, d_features)
 
-    start = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros_like(head), jnp.float32(0.0))
     n = micro_batches(_rows(rows), microbatch)
-    (grads, head_grads, loss), seen = lax.scan(micro, start, _deal((*rows, features), n))
+    dealt = _deal((*rows, features), n)
+    source_hidden, mine, for_head = jax.tree.map(lambda x: x[0], dealt[1])
+    d_head = heads.zeros(head, sources_of(source_hidden, tables, mine), for_head.live)
+    start = (jax.tree.map(jnp.zeros_like, state.params), d_head, jnp.float32(0.0))
+    (grads, d_head, loss), seen = lax.scan(micro, start, dealt)
     token, head_grad, d_features = _gather(seen, n)
-    for more in (head_vjp(head_grads)[0], see_vjp(d_features)[0]):
+    for more in (head_vjp(heads.total(d_head, head))[0], see_vjp(d_features)[0]):
       grads = jax.tree.map(jnp.add, grads, more)
 
     grad_norm = optax.tree.norm(grads)
     row_finite = jnp.all(jnp.isfinite(token.loss) & jnp.isfinite(head_grad), axis=1)
     ok = jnp.all(row_finite) & jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-    coef = rows[1][3]
-    new_state = _apply(state, grads, ok & jnp.any(coef != 0))
+    new_state = _apply(state, grads, ok & jnp.any(rows[1][2].coef != 0))
     return new_state, Updated(loss, grad_norm, row_finite, ok, token, head_grad)
 
   def update(
     state: TrainState, given: Given, batch: Batch, scored: Scored
   ) -> tuple[TrainState, Updated]:
-    heads, rows = source_heads(state, given, scored), rows_of(batch, scored)
+    tables, rows = tables_of_sources(state, given, scored), rows_of(batch, scored)
     n, images = objective.updates, own_images(batch)
     still = lax.stop_gradient if frozen_vision else lambda p: p
     see = lambda p: look(student, still(p), images, batch.tokens.shape[0])
     if n == 1:
-      new, updated = update_once(state, rows, heads, see)
+      new, updated = update_once(state, rows, tables, see)
     else:
       # Each share of the rows stands for the whole batch, so its coefficients grow n-fold.
       plan = scored.plan._replace(coef=n * scored.plan.coef)
@@ -356,7 +355,7 @@ def make_steps(
 
       def share(state, x):
         mine = lambda p: jax.tree.map(lambda f: f[x[0]], _deal(see(p), n))
-        return update_once(state, x[1], heads, mine)
+        return update_once(state, x[1], tables, mine)
 
       new, each = lax.scan(share, state, (jnp.arange(n), shares))
       whole = _gather((each.row_finite, each.token, each.head_grad), n)
@@ -404,19 +403,3 @@ def _over_micro_batches(fn: Callable, batch: Any, microbatch: int) -> Any:
   """`fn` over micro-batches of rows, one after the other."""
   n = micro_batches(_rows(batch), microbatch)
   return _gather(lax.map(fn, _deal(batch, n)), n)
-
-
-def _over_tiles(fn: Callable, xs: Any, tile: int) -> Any:
-  """`fn` over tiles of completion positions, [B, N, ...] -> [B, N, ...], one after the other."""
-  N = jax.tree.leaves(xs)[0].shape[1]
-  n = -(-N // tile)
-  t = -(-N // n)  # as even as can be: the last tile is padded by less than n positions
-
-  def cut(x):
-    x = jnp.pad(x, ((0, 0), (0, n * t - N), *((0, 0),) * (x.ndim - 2)))
-    return x.reshape(x.shape[0], n, t, *x.shape[2:]).swapaxes(0, 1)
-
-  def join(x):
-    return x.swapaxes(0, 1).reshape(x.shape[1], n * t, *x.shape[3:])[:, :N]
-
-  return jax.tree.map(join, lax.map(fn, jax.tree.map(cut, xs)))

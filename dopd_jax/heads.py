@@ -1,0 +1,149 @@
+"""The fused head of `losses.head` on the rows of a batch [b, N], split over the mesh as they are.
+
+Under `jax.set_mesh` every device takes its own rows and, where `tensor` divides the vocabulary, its
+own columns. The gradient of the head stays in parts, one for each device that has rows of its own,
+until all micro-batches are done: `zeros`, then `grads` as often as needed, then `total`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from dopd_jax.losses import head as fused
+from dopd_jax.losses.head import Part, Rows, Seen, Setting
+from dopd_jax.objectives import Signals
+from dopd_jax.sharding import AXES, ROWS
+
+# By the names in the rules. `hidden` is [b, N, D], `rows` [b]; heads may have unequal tables.
+Sources = Mapping[str, Sequence[Part]]
+
+
+def signals(
+  setting: Setting,
+  hidden: Float[Array, 'b N D'],
+  head: Float[Array, 'V D'],
+  tokens: Int[Array, 'b N'],
+  mask: Bool[Array, 'b N'],
+) -> Signals:
+  """What a model says of each token of the mask; 0 elsewhere."""
+
+  def local(setting, hidden, head, tokens, mask):
+    found = fused.head_signals(setting, _flat(hidden), head, _flat(tokens), _flat(mask))
+    return Signals(*_shaped(found, mask))
+
+  split = _Split(tokens, [head])
+  specs = ROWS, split.columns, ROWS, ROWS
+  return split(local, setting, specs, ROWS)(hidden, head, tokens, mask)
+
+
+def losses(
+  setting: Setting,
+  hidden: Float[Array, 'b N D'],
+  head: Float[Array, 'V D'],
+  sources: Sources,
+  rows: Rows,
+) -> Seen:
+  """What is seen of each token, without gradients; `rows` of [b, N]."""
+  head, sources = _one_width(head, sources)
+
+  def local(setting, hidden, head, sources, rows):
+    flat = _flat(hidden), head, _flat_sources(sources, rows.live), jax.tree.map(_flat, rows)
+    return Seen(*_shaped(fused.head_loss(setting, *flat)[1], rows.live))
+
+  split = _Split(rows.live, [head])
+  specs = ROWS, split.columns, split.of(sources), ROWS
+  return split(local, setting, specs, ROWS)(hidden, head, sources, rows)
+
+
+def zeros(head: Float[Array, 'V D'], sources: Sources, rows: Any) -> Float[Array, 'devices V D']:
+  """Where `grads` begins: `rows` is any array [b, ...] of the first micro-batch."""
+  head, _ = _one_width(head, sources)
+  split = _Split(rows, [head])
+  start = jnp.zeros((split.devices, *head.shape), jnp.float32)
+  return jax.lax.with_sharding_constraint(start, split.partial) if split.mesh else start
+
+
+def grads(
+  setting: Setting,
+  hidden: Float[Array, 'b N D'],
+  head: Float[Array, 'V D'],
+  sources: Sources,
+  rows: Rows,
+  d_head: Float[Array, 'devices V D'],
+) -> tuple[Seen, Float[Array, 'b N D'], Float[Array, 'devices V D']]:
+  """As `losses`, with the gradients of `sum(coef * loss)`; the head's is added to `d_head`."""
+  head, sources = _one_width(head, sources)
+
+  def local(setting, hidden, head, sources, rows, d_head):
+    flat = _flat(hidden), head, _flat_sources(sources, rows.live), jax.tree.map(_flat, rows)
+    _, seen, found = fused.head_grads(setting, *flat, d_head[0])
+    return Seen(*_shaped(seen, rows.live)), found.hidden.reshape(hidden.shape), found.head[None]
+
+  split = _Split(rows.live, [head])
+  specs = ROWS, split.columns, split.of(sources), ROWS, split.partial
+  run = split(local, setting, specs, (ROWS, ROWS, split.partial))
+  return run(hidden, head, sources, rows, d_head)
+
+
+def total(d_head: Float[Array, 'devices V D'], head: Float[Array, 'V D']) -> Float[Array, 'V D']:
+  """The gradient of the whole head."""
+  found = jnp.sum(d_head, axis=0)
+  return jnp.pad(found, ((0, head.shape[0] - found.shape[0]), (0, 0)))
+
+
+class _Split:
+  """How rows and columns lie on the mesh of the context; without one, or where the rows do not
+  divide, everything is computed as if there was one device, and XLA places it."""
+
+  def __init__(self, rows: Any, heads: Sequence[Any]):
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = dict(mesh.shape) if set(AXES) <= set(mesh.auto_axes) else {}
+    self.devices = math.prod(sizes.get(axis, 1) for axis in ROWS[0])
+    self.mesh = bool(sizes) and rows.shape[0] % self.devices == 0
+    if not self.mesh:
+      self.devices = 1
+    divides = all(head.shape[0] % sizes.get('tensor', 1) == 0 for head in heads)
+    self.axis = 'tensor' if self.mesh and sizes['tensor'] > 1 and divides else ''
+    self.columns = P(self.axis or None)
+    self.partial = P(ROWS[0], self.axis or None)
+
+  def of(self, sources: Sources) -> Any:
+    """Specs of the parts."""
+    spec = lambda part: Part(ROWS, self.columns, P(), None if part.rows is None else ROWS)
+    return {name: tuple(map(spec, parts)) for name, parts in sources.items()}
+
+  def __call__(self, local: Callable, setting: Setting, specs: Any, out: Any) -> Callable:
+    fn = lambda *args: local(setting._replace(axis=self.axis), *args)
+    if not self.mesh:
+      return fn
+    return jax.shard_map(fn, in_specs=specs, out_specs=out, check_vma=False)
+
+
+def _one_width(head: Array, sources: Sources) -> tuple[Array, Sources]:
+  """Tables padded to different sizes are cut to the smallest: no live id lies beyond it."""
+  V = min([head.shape[0], *(part.head.shape[0] for parts in sources.values() for part in parts)])
+  cut = lambda part: part._replace(head=part.head[:V])
+  return head[:V], {name: tuple(map(cut, parts)) for name, parts in sources.items()}
+
+
+def _flat(x: Array) -> Array:
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _flat_sources(sources: Sources, like: Array) -> Sources:
+  def flat(part):
+    rows = part.rows
+    if rows is not None:
+      rows = _flat(jnp.broadcast_to(rows[:, None], like.shape))
+    return part._replace(hidden=_flat(part.hidden), rows=rows)
+
+  return {name: tuple(map(flat, parts)) for name, parts in sources.items()}
+
+
+def _shaped(found: Sequence[Array], like: Array) -> list[Array]:
+  return [x.reshape(like.shape) for x in found]
