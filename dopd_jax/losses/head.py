@@ -26,7 +26,7 @@ from dopd_jax.losses import closed_form, policy_gradient, rules
 from dopd_jax.losses.columns import Block, Columns
 
 _DEAD = -1e9  # the logit of an id that has probability 0: finite, so that 0 * log 0 stays 0
-_BLOCKS = 8  # of the vocabulary, in which the gradient of the head is added up
+_BLOCKS = 16  # of the vocabulary, in which the gradient of the head is added up
 _TILE_BYTES = 1 << 28  # of one float32 array of a tile, where the caller leaves its size open
 
 
