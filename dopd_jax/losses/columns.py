@@ -67,10 +67,57 @@ class Columns(NamedTuple):
   def kth(
     self, of: Callable[[Block], Float[Array, 'C J']], k: int
   ) -> tuple[Float[Array, 'C'], Int[Array, 'C']]:
-    """Value and id of the K-th largest column, ties to the smaller id.
+    """A value and an id that part the K largest columns from the others, ties to the smaller id.
 
-    The K largest are those with a larger value, and those of the same value up to this id.
+    The K largest are those above the value, and those at it up to the id. Where all columns are
+    there they are counted, not sorted: bisection of the value's bits until exactly K are at it or
+    above, and of the ids where it is the value of several.
     """
+    if self.count > 1:
+      return self._kth_of_blocks(of, k)
+    block = self.block(0)
+    key, ids = _ordered(of(block)), block.ids
+    least = jnp.min(key, axis=-1), jnp.max(key, axis=-1)
+    if self.axis:
+      least = lax.pmin(least[0], self.axis), lax.pmax(least[1], self.axis)
+
+    def count(which):
+      found = jnp.sum(which, axis=-1, dtype=jnp.int32)
+      return lax.psum(found, self.axis) if self.axis else found
+
+    def raise_low(state):
+      low, high, n = state
+      middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # their mean, rounded up
+      found = count(key >= middle[:, None])
+      enough = found >= k
+      return (
+        jnp.where(enough, middle, low),
+        jnp.where(enough, high, middle - 1),
+        jnp.where(enough, found, n),
+      )
+
+    undecided = lambda state: jnp.any((state[0] < state[1]) & (state[2] != k))
+    start = (*least, count(key >= least[0][:, None]))
+    low, _, n = lax.while_loop(undecided, raise_low, start)
+
+    def of_several():
+      above, same = count(key > low[:, None]), key == low[:, None]
+
+      def lower_high(_, state):
+        first, last = state
+        middle = (first + last) // 2
+        enough = above + count(same & (ids <= middle[:, None])) >= k
+        return jnp.where(enough, first, middle + 1), jnp.where(enough, middle, last)
+
+      begin = jnp.zeros_like(low), jnp.full_like(low, 1 << 24)
+      return lax.fori_loop(0, 25, lower_high, begin)[1]
+
+    everything = jnp.full_like(low, jnp.iinfo(jnp.int32).max)
+    last = lax.cond(jnp.any(n > k), of_several, lambda: everything)
+    return _unordered(low), jnp.where(n > k, last, everything)
+
+  def _kth_of_blocks(self, of, k):
+    """The K-th largest itself and its id, from the K largest of each block."""
 
     def filled(values, ids):
       more = ((0, 0), (0, k - values.shape[-1]))
@@ -104,3 +151,13 @@ class Columns(NamedTuple):
 
 def _finite(peak: Array) -> Array:
   return jnp.where(jnp.isfinite(peak), peak, 0.0)
+
+
+def _ordered(x: Float[Array, '...']) -> Int[Array, '...']:
+  """float32 as int32 in the same order; -0 is 0."""
+  bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
+  return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _unordered(key: Int[Array, '...']) -> Float[Array, '...']:
+  return lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)

@@ -9,7 +9,7 @@ nothing: the loop ends before them. Inputs are gathered a tile at a time.
 
 Numerics. Logits leave the matmul in float32 whatever the inputs are; softmaxes, losses and sums are
 float32; `dz` is cast to the type of `hidden` for the two backward matmuls, which accumulate in
-float32. Top K is exactly K, ties to the smaller id, by the value and the id of the K-th: no gather.
+float32. Top K is exactly K, ties to the smaller id, by a threshold: no gather and no sort.
 (Streamed logits are rounded anew in each pass: logits within 1e-6 of the K-th count as ties there.)
 """
 
@@ -75,7 +75,8 @@ class Setting(NamedTuple):
   temperature: divides every model's logits, once.
   vocab: ids from here on are padding of the tables and have probability 0; 0: none are.
   banned: further ids of probability 0.
-  tile: rows whose logits exist at once; 0: the power of two that makes an array of up to 256 MiB.
+  tile: rows whose logits exist at once; 0: a power of two, arrays of at most 256 MiB, and at least
+    eight tiles where rules differ.
   columns: vocabulary columns whose logits exist at once; 0: all. Streaming makes the logits again
     in every pass over the vocabulary: the smallest memory, two to four times the time.
   axis: the mesh axis over which the columns of every head are split, inside `shard_map`; '': none.
@@ -248,6 +249,8 @@ class _Tiles:
   def __init__(self, setting: Setting, vocab: int, live: Array, need: Array):
     N = live.shape[0]
     fits = _TILE_BYTES // (4 * (setting.columns or vocab))
+    if len(rules.weights_of(setting.table)) > 1:
+      fits = min(fits, N // 8)  # a tile that holds all kinds of rows would pay for all of them
     C = setting.tile or max(128, 1 << max(fits, 1).bit_length() - 1)
     self.C = min(C, N)
     self.vocab, self.live = vocab, live
