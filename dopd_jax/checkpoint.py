@@ -1,6 +1,7 @@
 r"""Checkpoints that lose nothing: Orbax writes arrays in the background, a manifest commits them.
 
     checkpoints/00000040/state/         Orbax: the TrainState, on any mesh
+    checkpoints/00000040/rollout/       Orbax: completions sampled and not trained on, if any
     checkpoints/00000040/run.json       step, position in the data, metrics of that step
     checkpoints/00000040/manifest.json  SHA-256 of every file; written last
 
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,13 +61,14 @@ class Checkpoints:
         scored.append((self._sign * value, step))
     return max(scored)[1] if scored else None
 
-  def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
+  def save(self, step: int, state: Any, run: Mapping[str, Any], rollout: Any = None) -> None:
     """Starts a save and returns once `state` may be donated.
 
     Args:
       step: its number.
       state: a tree of arrays.
       run: JSON-able; must hold `metrics`.
+      rollout: a tree of arrays of its own; None for none.
 
     Raises:
       UserError: an earlier save failed. No finished checkpoint is lost by that.
@@ -77,10 +79,12 @@ class Checkpoints:
       if path.exists():
         path.rmtree()
       path.mkdir(parents=True)
-      response = ocp.save_async(path / 'state', state)
+      responses = [ocp.save_async(path / 'state', state)]
+      if rollout is not None:
+        responses.append(ocp.save_async(path / 'rollout', rollout))
     except Exception as error:
       raise self._failed(step, error) from error
-    self._thread = threading.Thread(target=self._commit, args=(step, response, dict(run)))
+    self._thread = threading.Thread(target=self._commit, args=(step, responses, dict(run)))
     self._thread.start()
 
   def wait(self) -> None:
@@ -126,13 +130,19 @@ class Checkpoints:
       ) from error
     return state, json.loads((path / 'run.json').read_text())
 
+  def restore_rollout(self, step: int, like: Any) -> Any:
+    """The `rollout` of that save, or None. `restore` comes first: it checks the files."""
+    path = self._path(step) / 'rollout'
+    return ocp.load(path, like) if path.exists() else None
+
   def _path(self, step: int) -> epath.Path:
     return self._root / f'{step:08d}'
 
-  def _commit(self, step: int, response: Any, run: dict[str, Any]) -> None:
+  def _commit(self, step: int, responses: Sequence[Any], run: dict[str, Any]) -> None:
     path = self._path(step)
     try:
-      response.result()
+      for response in responses:
+        response.result()
       if jax.process_index() == 0:
         _write(path / 'run.json', json.dumps({'step': step, **run}))
         digests = {str(p.relative_to(path)): _sha256(p) for p in _files(path)}

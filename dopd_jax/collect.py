@@ -1,12 +1,16 @@
 r"""A rollout batch from prompts: completions, then what the objective wants to know of them.
 
-prompts -> completions   sampled by the student, or those of the data
-        -> rewards       where the objective asks for them
-        -> contexts      where a prompt is made of other completions
+start     prompts -> completions   sampled by the student, or those of the data
+complete          -> rewards       where the objective asks for them
+                  -> contexts      where a prompt is made of other completions
+
+`start` waits for no device, except for the coin of a mixed source, and `complete` for this rollout
+alone. Where `rollout.lag` asks for it, `Ahead` starts the batch of the next step before it
+completes the one of this step.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dopd_jax import collate, dataset, evaluation, policies, sight, teachers
+from dopd_jax import collate, dataset, evaluation, policies, sharding, sight, teachers
 from dopd_jax.config import Config, micro_batches
-from dopd_jax.data import Example, Renderer
+from dopd_jax.data import Example, Pipeline, Renderer
 from dopd_jax.objectives import Objective
 from dopd_jax.policies import Pair
 from dopd_jax.rollout import Rollout, Sampling, sampling_notes
-from dopd_jax.step import Batch
+from dopd_jax.step import Batch, Prompt
 
 _COIN = 2**31  # folded into the run's key beside steps, which are smaller
 
@@ -34,11 +38,31 @@ class Collected(NamedTuple):
   sampled: bool  # by the student, not from the data
 
 
-Collect = Callable[[Any, Sequence[Example], int], Collected]
+class Started(NamedTuple):
+  """A rollout batch that the devices may still be sampling; without a rollout, one of the data."""
+
+  examples: Sequence[Example]  # one a prompt
+  prompts: dict[str, Prompt] | None = None  # on the host
+  images: Any = None  # `Batch.images`
+  rollout: Rollout | None = None
+
+
+class Collect(NamedTuple):
+  """How the rollout batch of a step is made; the same whenever it is asked for.
+
+  A rollout that `start` is given, from a checkpoint, stands for the one that it would sample.
+  """
+
+  start: Callable[..., Started]  # (params, examples, step, rollout=None)
+  complete: Callable[[Started], Collected]
+
+  def __call__(self, params: Any, examples: Sequence[Example], step: int) -> Collected:
+    """Both halves, one after the other."""
+    return self.complete(self.start(params, examples, step))
 
 
 def make_collect(config: Config, pair: Pair, objective: Objective, mesh: Any) -> Collect:
-  """(params, examples, step) -> the rollout batch of a step, the same whenever it is asked for."""
+  """The two halves of a rollout batch for one config, objective and mesh."""
   r = config.rollout
   run_key = jax.random.key(config.seed)
   sample = make_sample(config, pair, objective, mesh)
@@ -64,6 +88,21 @@ def make_collect(config: Config, pair: Pair, objective: Objective, mesh: Any) ->
       images=images, reward=reward, teacher_rows=teacher_rows
     )
 
+  def samples(step):
+    """Whether the student writes the completions of a step."""
+    if objective.source != 'mixed':
+      return objective.source == 'student'
+    coin = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(run_key, _COIN), step))
+    return coin < objective.on_policy_share
+
+  def start(params, examples, step, rollout=None):
+    if not samples(step):
+      return Started(examples)
+    by_context, images = prompts(examples, given_prompts), look(examples)
+    if rollout is None:
+      rollout = sample(params, by_context, images, examples, step)
+    return Started(examples, by_context, images, rollout)
+
   def from_data(examples):
     by_context = prompts(examples, given_prompts)
     by_context = collate.choose_context(
@@ -75,10 +114,8 @@ def make_collect(config: Config, pair: Pair, objective: Objective, mesh: Any) ->
     batch = batch_of(rows, by_context, look(examples), rollout, supervised)
     return Collected(rows, rollout, batch, False)
 
-  def from_student(params, examples, step):
+  def from_student(examples, by_context, images, rollout):
     rows = [e for e in examples for _ in range(r.samples)]
-    by_context, images = prompts(examples, given_prompts), look(examples)
-    rollout = sample(params, by_context, images, examples, step)
     by_context = collate.repeat(by_context, r.samples)
     if not objective.rewards:
       return Collected(rows, rollout, batch_of(rows, by_context, images, rollout), True)
@@ -95,16 +132,88 @@ def make_collect(config: Config, pair: Pair, objective: Objective, mesh: Any) ->
     batch = batch_of(rows, by_context, images, rollout, supervised, reward)
     return Collected(rows, rollout, batch, True)
 
-  def collect(params, examples, step):
-    if objective.source == 'data':
-      return from_data(examples)
-    if objective.source == 'mixed':
-      coin = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(run_key, _COIN), step))
-      if coin >= objective.on_policy_share:
-        return from_data(examples)
-    return from_student(params, examples, step)
+  def complete(started):
+    return from_data(started.examples) if started.rollout is None else from_student(*started)
 
-  return collect
+  return Collect(start, complete)
+
+
+class Ahead:
+  """The rollout batches of a run, each sampled `config.rollout.lag` updates before its own.
+
+  At step t it starts the batch of step t + lag and completes the one of step t. With lag 1 the
+  devices then have the next rollout to do, and what is left of the update before, while the host
+  decodes, judges and makes prompts. The images of the batch that waits lie on the devices.
+
+  Args:
+    collect: both halves of a batch.
+    pipeline: where the examples come from.
+    config: its `rollout` and `steps`; no batch is sampled beyond these.
+    mesh: where rows lie.
+  """
+
+  def __init__(self, collect: Collect, pipeline: Pipeline, config: Config, mesh: Any):
+    self._collect, self._pipeline = collect, pipeline
+    self._config, self._mesh = config, mesh
+    self._waiting: Started | None = None  # the batch of the next step
+    self._position: dict[str, Any] | None = None  # in the data, from which that batch came
+
+  def take(self, params: Any, step: int) -> Collected:
+    """The batch of `step`, to be called once a step and before the update donates `params`.
+
+    Args:
+      params: the student before the update of `step`. They sample the batch of step + lag, and at
+        the first step of a run its own batch too.
+      step: from 1.
+    """
+    started = self._waiting or self._start(params, step)
+    self._waiting, self._position = None, None
+    if self._config.rollout.lag and step < self._config.steps:
+      self._position = self._pipeline.get_state()
+      self._waiting = self._start(params, step + 1)
+    return self._collect.complete(started)
+
+  def lag(self, step: int) -> int:
+    """Updates between the sampling of the batch of `step` and the training on it."""
+    return min(step - 1, self._config.rollout.lag)
+
+  @property
+  def rollout(self) -> Rollout | None:
+    """What a checkpoint must hold as arrays: the completions of the batch that waits, if any."""
+    return self._waiting.rollout if self._waiting else None
+
+  @property
+  def abstract(self) -> Rollout:
+    """Shapes, dtypes and shardings of a `rollout`: what a checkpoint is read into."""
+    r, rows = self._config.rollout, sharding.rows(self._mesh)
+    B, N = r.prompts * r.samples, r.max_new_tokens
+    array: Any = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+    return Rollout(
+      tokens=array(np.int32, B, N),
+      mask=array(np.bool_, B, N),
+      logp=array(np.float32, B, N),
+      behaviour_logp=array(np.float32, B, N),
+      stop_reason=array(np.int32, B),
+    )
+
+  def get_state(self) -> dict[str, Any]:
+    """Plain JSON: where the data go on (`data`), and whence the batch that waits came (`ahead`)."""
+    return {'data': self._pipeline.get_state(), 'ahead': self._position}
+
+  def set_state(self, state: Mapping[str, Any], rollout: Rollout | None, done: int) -> None:
+    """Goes on after step `done` from what `get_state` and `rollout` gave.
+
+    Raises:
+      UserError: the state is of other data, another batch size or another seed.
+    """
+    self._position = state['ahead']
+    if self._position is not None:
+      self._pipeline.set_state(self._position)
+      self._waiting = self._start(None, done + 1, rollout)
+    self._pipeline.set_state(state['data'])
+
+  def _start(self, params: Any, step: int, rollout: Rollout | None = None) -> Started:
+    return self._collect.start(params, next(self._pipeline), step, rollout)
 
 
 def make_sample(config: Config, pair: Pair, objective: Objective, mesh: Any) -> Callable:
@@ -118,6 +227,8 @@ def make_sample(config: Config, pair: Pair, objective: Objective, mesh: Any) -> 
     top_p=r.top_p,
     min_p=r.min_p,
     loss_temperature=objective.temperature,
+    slots=r.slots,
+    kv_cache=r.kv_cache,
   )
   for note in sampling_notes(pair.student.generation_config, sampling):
     logging.info('%s', note)

@@ -88,6 +88,9 @@ class Rollout:
   top_p: float = 1.0
   min_p: float = 0.0
   prompts_at_once: int = 0  # memory: sample this many prompts at a time; 0 is all
+  slots: int = 0  # memory: decode this many completions at once, others wait; 0 is all
+  kv_cache: str = 'compute'  # memory: keys and values in the compute dtype, or 'int8'
+  lag: int = 0  # 1: the next batch is sampled, by weights one update old, while this one trains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +166,7 @@ class Config:
   steps: int = 200
   microbatch: int = 8  # rows a forward and backward pass
   head_tile: int = 0  # tokens whose logits exist at once; 0: as many as make an array of 256 MiB
+  remat: bool = True  # memory: blocks keep their input and are computed again in the backward pass
   compute_dtype: str = 'auto'  # bfloat16 on accelerators, float32 on CPU
   seed: int = 0
 
@@ -290,6 +294,7 @@ def _check(c: Config) -> None:
     'rollout.prompts': (c.rollout.prompts, 1),
     'rollout.samples': (c.rollout.samples, 1),
     'rollout.prompts_at_once': (c.rollout.prompts_at_once, 0),
+    'rollout.slots': (c.rollout.slots, 0),
     'evaluation.records': (c.evaluation.records, 0),
     'rollout.max_new_tokens': (c.rollout.max_new_tokens, 1),
     'data.max_prompt_tokens': (c.data.max_prompt_tokens, 1),
@@ -314,6 +319,7 @@ def _check(c: Config) -> None:
     'data.privileged': (c.data.privileged, ('column', 'none')),
     'data.on_too_long': (c.data.on_too_long, ('drop', 'error')),
     'freeze': (c.freeze, ('nothing', 'vision', 'tower', 'merger')),
+    'rollout.kv_cache': (c.rollout.kv_cache, ('compute', 'int8')),
     'compute_dtype': (c.compute_dtype, ('auto', 'float32', 'bfloat16')),
   }
   for name, (value, allowed) in one_of.items():
@@ -324,6 +330,8 @@ def _check(c: Config) -> None:
       f'rollout.prompts ({c.rollout.prompts}) must be a multiple of rollout.prompts_at_once '
       f'({c.rollout.prompts_at_once})'
     )
+  if c.rollout.lag not in (0, 1):
+    raise UserError(f'rollout.lag must be 0 or 1, not {c.rollout.lag}')
   _check_objective(c)
   if c.optimizer.warmup_steps >= c.steps:
     raise UserError(
@@ -361,6 +369,11 @@ def _check_objective(c: Config) -> None:
         f"can't be cut into {updates}equal micro-batches of at most {c.microbatch} rows: change "
         'one of these numbers'
       )
+  if c.rollout.lag and objective.source == 'data':
+    raise UserError(
+      f'{name} trains on the completions of the data, and no rollout can be sampled ahead: '
+      'set rollout.lag=0'
+    )
   if c.teachers and c.teacher.path:
     raise UserError('set either teacher.path (one teacher) or teachers (several), not both')
 

@@ -131,6 +131,9 @@ METRICS: dict[str, Metric] = {
   'train/rollout_logp_gap_max': Metric(
     'Sampler/trainer gap, largest', 'nats', 'The largest such difference of any token.'
   ),
+  'train/lag': Metric(
+    'Lag', 'updates', 'Updates between the sampling of a rollout batch and the training on it.'
+  ),
   'train/empty_completions': Metric(
     'Empty completions', 'rows', 'Completions without a token; they take no part in the loss.'
   ),

@@ -30,6 +30,7 @@ def of_update(
   rewards: np.ndarray,
   truncated: np.ndarray,
   sampled: bool = True,
+  lag: int = 0,
 ) -> dict[str, float]:
   """The metrics of one rollout batch. Everything given is on the host.
 
@@ -41,12 +42,14 @@ def of_update(
     rewards: [B] in [0, 1], NaN where no verifier knows.
     truncated: [B] bool, completions that met the length limit.
     sampled: whether the student wrote the completions, so that the sampler has a log-prob to check.
+    lag: updates between the sampling and this one.
   """
   mask, regime, token = batch.mask, scored.plan.regime, updated.token
   gap = np.abs(token.logp - batch.logp)[mask]
   values = {
     'train/loss': updated.loss,
     'train/grad_norm': updated.grad_norm,
+    'train/lag': lag,
     'train/entropy/S': _mean(token.entropy[mask]),
     'train/completion_length': mask.sum() / len(mask),
     'train/truncated_share': truncated.mean(),

@@ -85,7 +85,7 @@ def load_pair(config: Config, mesh: jax.sharding.Mesh, weights: Collection[str] 
   student_dir = locate(config.student) if config.student.path else None
   tokenizer = load_tokenizer(config.tokenizer or student_dir)
   dtype = compute_dtype(config.compute_dtype)
-  load = functools.partial(_load, mesh=mesh, dtype=dtype, tokenizer=tokenizer)
+  load = functools.partial(_load, mesh=mesh, dtype=dtype, tokenizer=tokenizer, remat=config.remat)
   student = load(config.student, student_dir, seed=config.seed)
   stops = stop_ids_from(tokenizer.eos_token_id, student.generation_config)
 
@@ -271,7 +271,7 @@ def check_context(config: Config, objective: Objective, pair: Pair) -> None:
       )
 
 
-def _load(policy: Policy, directory: Path | None, *, mesh, dtype, tokenizer, seed) -> Loaded:
+def _load(policy: Policy, directory: Path | None, *, mesh, dtype, tokenizer, seed, remat) -> Loaded:
   generation, params = {}, None
   if directory is not None:
     config, params = models.load(directory, mesh=mesh)
@@ -287,7 +287,7 @@ def _load(policy: Policy, directory: Path | None, *, mesh, dtype, tokenizer, see
       f'{directory} has {config.vocab_size} rows for {len(tokenizer)} tokens: this tokenizer '
       'belongs to another model'
     )
-  model = models.build(config, compute_dtype=dtype)
+  model = models.build(config, compute_dtype=dtype, remat=remat)
   if directory is None:
     shapes = jax.eval_shape(model.init, jax.random.key(seed))
     init = jax.jit(model.init, out_shardings=sharding.param_shardings(shapes, mesh))

@@ -9,7 +9,7 @@ Read `train` from top to bottom:
   data       records -> chat -> batches; held-out records
   steps      collect, score, update: a rollout batch, what is known of it, one step of training
   resume     state and position in the data, from the newest checkpoint
-  loop       collect, score, update; look; save
+  loop       collect, score, update; look; save. Rollouts may be one step ahead (`rollout.lag`)
   report     a table, report.png, samples.html
 """
 
@@ -41,7 +41,7 @@ from dopd_jax import (
   workdirs,
 )
 from dopd_jax import state as states
-from dopd_jax.collect import Collected, make_collect
+from dopd_jax.collect import Ahead, Collected, make_collect
 from dopd_jax.config import Config
 from dopd_jax.data import Example
 from dopd_jax.errors import Stopped
@@ -57,6 +57,7 @@ class InFlight(NamedTuple):
   """A rollout batch that the devices may still be working on."""
 
   step: int
+  lag: int  # updates between its sampling and its own
   collected: Collected
   scored: Scored  # without its hidden states
   updated: Updated
@@ -100,7 +101,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     given, resident = teachers.given(pair.given)
     pair = pair._replace(student=pair.student._replace(params=None))  # the state owns them now
     steps = compile_steps(config, pair, objective, tx, state)
-    collect = make_collect(config, pair, objective, mesh)
+    ahead = Ahead(make_collect(config, pair, objective, mesh), pipeline, config, mesh)
     judge = make_judge(config, pair, held_out, mesh)
     look_inside = probe.make_probe(config, pair, objective, steps)
 
@@ -109,7 +110,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     if saves.steps():
       done = saves.steps()[-1]
       state, run = saves.restore(done, states.abstract(state))
-      pipeline.set_state(run['data'])
+      ahead.set_state(run, saves.restore_rollout(done, ahead.abstract), done)
       last = run['accuracy']
       logging.info('Going on from step %d of %d.', done, config.steps)
     workdirs.claim(workdir, config)
@@ -128,13 +129,18 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     pending: InFlight | None = None
     page: list[dict] = []
     for step in range(done + 1, config.steps + 1):
-      collected = collect(state.params, next(pipeline), step)
+      # With a lag this also starts the rollout of the next step. It must come before the update,
+      # which donates the parameters that sample; a dispatch that holds them is safe.
+      collected = ahead.take(state.params, step)
+      # However old the completions are, the weights that score are those that the update starts
+      # from, so that hidden states meet the head that they were made for.
       scored = steps.score(state, given, collected.batch, resident)
       state, updated = steps.update(state, resident, collected.batch, scored)
 
       if pending is not None:  # one step late: the devices are already at the next one
         writer.write(pending.step, finish(config, objective, pair, pending, clock, progress, task))
-      pending = InFlight(step, collected, scored._replace(hidden={}), updated)
+      lag = ahead.lag(step) if collected.sampled else 0
+      pending = InFlight(step, lag, collected, scored._replace(hidden={}), updated)
       del scored  # hidden states, which would lie beside the cache of the next rollout
 
       end, stopping = step == config.steps, stop.is_set()
@@ -151,8 +157,8 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
           page = show(pair, objective, pending, config.log.samples)
         pending = None
         if save:
-          run = {'data': pipeline.get_state(), 'metrics': values, 'accuracy': last}
-          saves.save(step, state, run)
+          run = {**ahead.get_state(), 'metrics': values, 'accuracy': last}
+          saves.save(step, state, run, ahead.rollout)
       saves.check()
       if stopping and not end:
         saves.wait()
@@ -260,6 +266,7 @@ def finish(
     rewards,
     stop_reason == StopReason.LENGTH.value,
     collected.sampled,
+    done.lag,
   )
   seconds = clock.lap()
   tokens = float(batch.mask.sum())

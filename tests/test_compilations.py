@@ -35,21 +35,16 @@ def test_known_shapes_compile_nothing(compilations, monkeypatch, tmp_path):
   data = tmp_path / 'data.jsonl'
   data.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   seen = []  # (shapes of the step's batch, compilations before it)
-  make = train.make_collect
+  take = train.Ahead.take
 
-  def watched(*args, **kwargs):
-    collect = make(*args, **kwargs)
+  def watched(*args):
+    before = len(compilations)
+    found = take(*args)
+    shapes = {name: p.tokens.shape for name, p in found.batch.prompts.items()}
+    seen.append((tuple(sorted(shapes.items())), before))
+    return found
 
-    def wrapped(*args, **kwargs):
-      before = len(compilations)
-      found = collect(*args, **kwargs)
-      shapes = {name: p.tokens.shape for name, p in found.batch.prompts.items()}
-      seen.append((tuple(sorted(shapes.items())), before))
-      return found
-
-    return wrapped
-
-  monkeypatch.setattr(train, 'make_collect', watched)
+  monkeypatch.setattr(train.Ahead, 'take', watched)
   config = pairs.config(
     data__train=str(data), data__eval='', data__prompt_bucket=8, data__max_prompt_tokens=64,
     rollout__prompts=8, rollout__samples=2, steps=20, checkpoint__every=20, checkpoint__best='',

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from dopd_jax.errors import UserError
 from dopd_jax.models import layers
@@ -29,13 +29,40 @@ Params = dict[str, Any]
 
 
 class Cache(NamedTuple):
-  """Keys and values of the columns seen so far: an argument and a result, never mutated."""
+  """Keys and values of the columns seen so far: an argument and a result, never mutated.
 
-  k: Float[Array, 'L B S K H']
-  v: Float[Array, 'L B S K H']
+  With scales, `k` and `v` are int8 and stand for k * k_scale and v * v_scale (`layers.quantize`).
+  """
+
+  k: Float[Array, 'L B S K H'] | Int8[Array, 'L B S K H']
+  v: Float[Array, 'L B S K H'] | Int8[Array, 'L B S K H']
   valid: Bool[Array, 'B S']  # which columns hold a real token
   index: Int[Array, '']  # next column to write, the same for all rows
   position: Int[Array, 'B']  # next rotary position of each row
+  k_scale: Float[Array, 'L B S K'] | None = None  # float32
+  v_scale: Float[Array, 'L B S K'] | None = None
+
+  @property
+  def stored(self) -> 'Stored':
+    return Stored(self.k, self.v, self.k_scale, self.v_scale)
+
+
+class Stored(NamedTuple):
+  """The part of a cache that has keys and values in it: dimensions are layer, row, column, ..."""
+
+  k: Array
+  v: Array
+  k_scale: Array | None
+  v_scale: Array | None
+
+
+def quantize(cache: Cache) -> Cache:
+  """The cache in int8: H + 4 bytes a vector of H numbers, where bfloat16 has 2 H.
+
+  `forward` goes on with it as with the other, and quantizes what it writes.
+  """
+  (k, k_scale), (v, v_scale) = layers.quantize(cache.k), layers.quantize(cache.v)
+  return cache._replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
 
 class Model(NamedTuple):
@@ -49,7 +76,8 @@ class Model(NamedTuple):
       it, and its own rows are finite and mean nothing. `positions` [B, T] int32 default to the
       running count of valid tokens, continued from the cache. With a cache, tokens are written to
       columns index .. index + T - 1 (the caller keeps index + T <= S: under jit nobody else can)
-      and column c looks at valid columns <= c; without one, the returned cache is None.
+      and column c looks at valid columns <= c, or if T = 1 at all valid columns: the caller may
+      move `index` back and use columns again. Without a cache, None is returned for it.
       With images, `features` is what `see` gives, and `positions` [B, T, 3] what
       `models.vision_positions` gives: the k-th valid image or video id of a row is replaced by
       feature k of the row. Their number is the caller's to keep: an id without a feature meets
@@ -195,8 +223,10 @@ class Decoder(nnx.Module):
       index = cache.index
       column = column + index
       key_valid = jax.lax.dynamic_update_slice(cache.valid, valid, (0, index))
-      key_column, stored = jnp.arange(S, dtype=jnp.int32), (cache.k, cache.v)
-    mask = key_valid[:, None, :] & (key_column[None, :] <= column[:, None])[None, :, :]
+      key_column, stored = jnp.arange(S, dtype=jnp.int32), cache.stored
+    mask = key_valid[:, None, :]
+    if T > 1:  # what is valid when one token comes is all before it, in whatever column
+      mask = mask & (key_column[None, :] <= column[:, None])[None, :, :]
 
     definition, stack = nnx.split(self.layers)
 
@@ -214,11 +244,13 @@ class Decoder(nnx.Module):
     hidden = layers.rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
     if cache is None or stored is None:
       return hidden, None
-    k, v = stored
     if positions.ndim == 3:  # an image may reach further in height or width than in time
       positions = jnp.max(positions, axis=2)
     last = jnp.max(jnp.where(valid, positions + 1, 0), axis=1)
-    return hidden, Cache(k, v, key_valid, index + T, jnp.maximum(cache.position, last))
+    position = jnp.maximum(cache.position, last)
+    return hidden, Cache(
+      stored.k, stored.v, key_valid, index + T, position, stored.k_scale, stored.v_scale
+    )
 
 
 def drop_layers(
@@ -279,14 +311,18 @@ class Attention(nnx.Module):
       q = layers.rms_norm(q, self.q_norm[...], self.eps)
       k = layers.rms_norm(k, self.k_norm[...], self.eps)
     q, k = layers.rope(q, angles), layers.rope(k, angles)
+    new = Stored(k, v, None, None)
     if stored is not None:
       layer, column = slot
-      stored = tuple(
-        jax.lax.dynamic_update_slice(old, new[None], (layer, 0, column, 0, 0))
-        for old, new in zip(stored, (k, v))
+      if stored.k_scale is not None:
+        (k, k_scale), (v, v_scale) = layers.quantize(k), layers.quantize(v)
+        new = Stored(k, v, k_scale, v_scale)
+      write = lambda old, new: jax.lax.dynamic_update_slice(
+        old, new[None], (layer, 0, column) + (0,) * (old.ndim - 3)
       )
-      k, v = (jax.lax.dynamic_index_in_dim(s, layer, keepdims=False) for s in stored)
-    y = layers.attention(q, k, v, mask)
+      stored = jax.tree.map(write, stored, new)
+      new = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stored)
+    y = layers.attention(q, new.k, new.v, mask, new.k_scale, new.v_scale)
     return jnp.einsum('BTQH,QHD->BTD', y, cast(self.o_proj, x)), stored
 
 

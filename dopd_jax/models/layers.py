@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 # Finite, so that a query that may see nothing gives the mean of the values and not NaN.
 _MASKED = -1e30
@@ -76,16 +76,42 @@ def attention(
   k: Float[Array, 'B S K H'],
   v: Float[Array, 'B S K H'],
   mask: Bool[Array, 'B T S'],
+  k_scale: Float[Array, 'B S K'] | None = None,
+  v_scale: Float[Array, 'B S K'] | None = None,
 ) -> Float[Array, 'B T Q H']:
   """Grouped-query attention (Ainslie et al. 2023): query head i reads key head i // G, G = Q / K.
 
   Scores and softmax in float32; keys and values are not repeated. `mask` is true where a query may
-  look. A query that may look nowhere gives a finite value that means nothing.
+  look. A query that may look nowhere gives a finite value that means nothing. Keys and values that
+  `quantize` made int8 come with their scales, which multiply scores and weights: a sum over H or S
+  is scaled once, and no keys or values of full size are made.
   """
   B, T, Q, H = q.shape
   K = k.shape[2]
   q = q.reshape(B, T, K, Q // K, H)
-  scores = jnp.einsum('BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32) * H**-0.5
+  # int8 is exact in every float that q may have.
+  scores = jnp.einsum('BTKGH,BSKH->BKGTS', q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+  scores = scores * H**-0.5
+  if k_scale is not None:
+    scores = scores * _of_keys(k_scale)
   scores = jnp.where(mask[:, None, None, :, :], scores, _MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum('BKGTS,BSKH->BTKGH', weights, v).reshape(B, T, Q, H)
+  weights = jax.nn.softmax(scores, axis=-1)
+  if v_scale is not None:
+    weights = weights * _of_keys(v_scale)
+  weights = weights.astype(q.dtype)
+  return jnp.einsum('BKGTS,BSKH->BTKGH', weights, v.astype(q.dtype)).reshape(B, T, Q, H)
+
+
+def quantize(x: Float[Array, '... H']) -> tuple[Int8[Array, '... H'], Float[Array, '...']]:
+  """int8 q and float32 scales: q = round(x / scale), scale = max |x| / 127 over H.
+
+  x is q * scale up to half a scale, max |x| / 254. A vector of zeros has scale 0.
+  """
+  x = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(x), axis=-1) / 127
+  q = jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None])
+  return q.astype(jnp.int8), scale
+
+
+def _of_keys(scale: Float[Array, 'B S K']) -> Float[Array, 'B K 1 1 S']:
+  return scale.transpose(0, 2, 1)[:, :, None, None, :]

@@ -2,7 +2,8 @@
 
 Prompts come padded to a bucket, `valid` says what is real, and the same shapes compile once. Each
 step of a `lax.while_loop` feeds one token a row and draws the next; the loop ends when every row
-has stopped. The cache is part of the loop's carry, so that XLA updates it in place.
+has stopped. The cache is part of the loop's carry, so that XLA updates it in place. Where there are
+fewer slots than completions, `refill` has the loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +16,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dopd_jax.errors import UserError
+from dopd_jax.models.decoder import quantize
+from dopd_jax.rollout import caches
 from dopd_jax.rollout.filters import filter_logits
+from dopd_jax.rollout.refill import refill
 from dopd_jax.rollout.types import Decoder, Engine, Rollout, Sampling, StopReason
 
-# Columns below which a cache isn't worth growing: each growth compiles another loop.
-_SHORTEST = 256
 # A TPU's lane width. 151,936, the vocabulary of Qwen3, is a multiple of it.
 _BLOCK = 128
 
@@ -42,7 +44,8 @@ def make_sampler(
   the smallest id on a tie, and `behaviour_logp` is 0. Sample m of a record has the key
   `fold_in(fold_in(key, record_index), m)`, folded with the completion position for each token, so
   that it depends neither on the batch nor on M; float rounding may. The same record twice in a
-  batch gives the same completions twice.
+  batch gives the same completions twice. Nor does it depend on `sampling.slots`, which bounds the
+  decode cache: prompts are still read, and first tokens drawn, all at once.
 
   Args:
     model: `forward`, `init_cache` and `head`.
@@ -82,7 +85,7 @@ class _State(NamedTuple):
 def make_generate(
   model: Decoder, sampling: Sampling, *, stop_ids, pad_id, live_vocab, banned_ids=()
 ) -> Callable[..., tuple[Rollout, Int[Array, '']]]:
-  """As `make_sampler`, but also returns how many tokens a row were drawn before all had stopped."""
+  """As `make_sampler`, but also returns how many times tokens were drawn before all had stopped."""
   M, N = sampling.num_samples, sampling.max_new_tokens
   sampleable = set(range(live_vocab)) - set(banned_ids)
   if not sampleable:
@@ -100,14 +103,20 @@ def make_generate(
     live = _live_mask(head.shape[0], live_vocab, banned_ids)
     keys = _sample_keys(key, record_index, M)
 
-    def write(state: _State, hidden: Float[Array, 'B D']) -> _State:
-      """Draws the token of column `step` for the rows that are active."""
+    def draw(hidden: Float[Array, 'B D'], keys: Key[Array, 'B']):
       logits = jnp.einsum(
         'BD,VD->BV', hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
       )
       logits = jnp.where(live[None, :], logits, -jnp.inf)
-      token, logp, behaviour_logp = _draw(_fold(keys, state.step), logits, sampling)
-      stopped = state.active & jnp.any(token[:, None] == stops[None, :], axis=1)
+      return _draw(keys, logits, sampling)
+
+    def is_stop(token: Int[Array, 'B']) -> Bool[Array, 'B']:
+      return jnp.any(token[:, None] == stops[None, :], axis=1)
+
+    def write(state: _State, hidden: Float[Array, 'B D']) -> _State:
+      """Draws the token of column `step` for the rows that are active."""
+      token, logp, behaviour_logp = draw(hidden, _fold(keys, state.step))
+      stopped = state.active & is_stop(token)
       old = state.rollout
 
       def put(column, new, fill):
@@ -134,19 +143,29 @@ def make_generate(
     hidden, cache = model.forward(params, tokens, valid, cache=model.init_cache(b, P), **prompt)
     last_column = P - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last_column[:, None, None], axis=1)[:, 0]
+    if sampling.kv_cache == 'int8':  # from here on: prompts are read at full precision
+      cache = quantize(cache)
 
     active = jnp.repeat(jnp.any(valid, axis=1), M)
     state = _State(
       step=jnp.int32(0),
-      cache=_repeat(cache, M),
+      cache=cache,
       last=jnp.zeros(b * M, jnp.int32),
       active=active,
       rollout=_empty(active, N, pad_id),
     )
     state = write(state, jnp.repeat(hidden, M, axis=0))
-    for columns in _cache_lengths(P, N):
+    if 0 < sampling.slots < b * M:
+      forward = lambda tokens, valid, cache: model.forward(params, tokens, valid, cache=cache)
+      rollout, steps = refill(
+        forward, draw, is_stop, cache, keys, state.active, state.rollout, sampling.slots
+      )
+      return rollout, steps + 1
+
+    state = state._replace(cache=caches.repeat(cache, M))
+    for columns in caches.lengths(P, N):
       end = columns - P + 1  # the last token is drawn and never fed
-      state = state._replace(cache=_grow(state.cache, columns))
+      state = state._replace(cache=caches.grow(state.cache, columns))
       state = lax.while_loop(lambda s, end=end: (s.step < end) & jnp.any(s.active), step, state)
     return state.rollout, state.step
 
@@ -226,40 +245,6 @@ def _sample_keys(key: Key[Array, ''], record_index: Int[Array, 'b'], M: int) -> 
 
 def _fold(keys: Key[Array, 'B'], step: Int[Array, '']) -> Key[Array, 'B']:
   return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-
-
-def _repeat(cache: Any, M: int) -> Any:
-  """The cache of each prompt for its M completions."""
-  if M == 1:
-    return cache
-  return cache._replace(
-    k=jnp.repeat(cache.k, M, axis=1),
-    v=jnp.repeat(cache.v, M, axis=1),
-    valid=jnp.repeat(cache.valid, M, axis=0),
-    position=jnp.repeat(cache.position, M, axis=0),
-  )
-
-
-def _cache_lengths(P: int, N: int) -> list[int]:
-  """Columns that the cache grows to, one loop each: a step reads all columns, written or not.
-
-  Each length is twice the one before. To grow is to copy the cache once, and for that moment the
-  old one stands beside the new: half as much memory again at the last.
-  """
-  lengths = [P + N - 1]
-  while lengths[0] // 2 >= max(P + 1, _SHORTEST):
-    lengths.insert(0, lengths[0] // 2)
-  return lengths
-
-
-def _grow(cache: Any, length: int) -> Any:
-  more = length - cache.valid.shape[1]
-  columns = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
-  return cache._replace(
-    k=jnp.pad(cache.k, columns),
-    v=jnp.pad(cache.v, columns),
-    valid=jnp.pad(cache.valid, ((0, 0), (0, more))),
-  )
 
 
 def _empty(active: Bool[Array, 'B'], N: int, pad_id: int) -> Rollout:

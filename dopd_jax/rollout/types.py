@@ -13,6 +13,8 @@ from dopd_jax.errors import UserError
 # Logits of a few tens, divided by less than this, lose the differences that float32 can hold.
 _SMALLEST_TEMPERATURE = 1e-4
 
+KV_CACHES = ('compute', 'int8')
+
 
 class StopReason(enum.IntEnum):
   STOP = 0  # the last token of the mask is a stop id; or the row had no prompt and sampled nothing
@@ -45,6 +47,8 @@ class Sampling:
   top_p: float = 1.0  # 1 is off
   min_p: float = 0.0  # 0 is off
   loss_temperature: float = 1.0  # of `Rollout.logp`
+  slots: int = 0  # completions decoded at once, others wait; 0 is all
+  kv_cache: str = 'compute'  # keys and values in the compute dtype, or 'int8': half the memory
 
   def __post_init__(self):
     def check(name, holds, rule):
@@ -55,9 +59,11 @@ class Sampling:
       check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, 'use an integer >= 1')
     check('temperature', _is_temperature(self.temperature) or self.temperature == 0, _TEMPERATURE)
     check('top_k', _is_int(self.top_k) and self.top_k >= 0, 'use an integer >= 0 (0 is off)')
+    check('slots', _is_int(self.slots) and self.slots >= 0, 'use an integer >= 0 (0 is all)')
     check('top_p', 0 < self.top_p <= 1, 'use a number above 0 and at most 1 (1 is off)')
     check('min_p', 0 <= self.min_p <= 1, 'use a number from 0 to 1 (0 is off)')
     check('loss_temperature', _is_temperature(self.loss_temperature), _LOSS_TEMPERATURE)
+    check('kv_cache', self.kv_cache in KV_CACHES, f'use one of {", ".join(KV_CACHES)}')
 
   @property
   def greedy(self) -> bool:
@@ -78,7 +84,8 @@ class Decoder(Protocol):
   """The part of a model that sampling needs: pure functions of a parameter tree.
 
   `forward(params, tokens [B, T], valid [B, T], cache=...) -> (hidden [B, T, D], cache)`; the cache
-  is a NamedTuple of k, v [L, B, S, K, H], valid [B, S], index [] and position [B].
+  is a NamedTuple of k, v [L, B, S, K, H], valid [B, S], index [] and position [B]. A token fed
+  alone (T = 1) sees all valid columns, also those after `index`.
   """
 
   @property

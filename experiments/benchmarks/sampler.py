@@ -3,8 +3,15 @@
     JAX_PLATFORMS=cpu python experiments/benchmarks/sampler.py
 
 Prints one JSON line: tokens and decode steps of a run, median and fastest seconds over the runs,
-tokens per second by the median, and the megabytes that XLA takes for temporaries. There is no stop
-id, so that every row runs to its end. Absolute times drift with the machine: compare ratios.
+tokens per second by the median, and the megabytes that XLA takes for temporaries. Without
+--mean_length there is no stop id and every row runs to its end; with it lengths are geometric, and
+--slots or --at_once say how they share the machine:
+
+    --batch 128 --new 512 --mean_length 64               all rows, until the longest has ended
+    --batch 128 --new 512 --mean_length 64 --at_once 32  four batches, each until its longest
+    --batch 128 --new 512 --mean_length 64 --slots 32    32 rows, refilled
+
+Absolute times drift with the machine: compare ratios.
 """
 
 import json
@@ -28,6 +35,10 @@ _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 is greedy.')
 _TOP_K = flags.DEFINE_integer('top_k', 0, '0 is off.')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, '1 is off.')
 _MIN_P = flags.DEFINE_float('min_p', 0.0, '0 is off.')
+_MEAN = flags.DEFINE_integer('mean_length', 0, 'Tokens that a row has on average; 0 is --new.')
+_SLOTS = flags.DEFINE_integer('slots', 0, 'Completions decoded at once, refilled; 0 is all.')
+_AT_ONCE = flags.DEFINE_integer('at_once', 0, 'Prompts of a batch, one after the other; 0 is all.')
+_KV_CACHE = flags.DEFINE_string('kv_cache', 'compute', 'compute or int8.')
 _RUNS = flags.DEFINE_integer('runs', 7, 'Timed runs, after one that compiles.')
 _DUMP = flags.DEFINE_string('dump_hlo', None, 'Where to write the optimised HLO, if anywhere.')
 
@@ -52,17 +63,32 @@ def main(argv):
     top_k=_TOP_K.value,
     top_p=_TOP_P.value,
     min_p=_MIN_P.value,
+    slots=_SLOTS.value,
+    kv_cache=_KV_CACHE.value,
   )
   model = build(config)
-  generate = make_generate(model, sampling, stop_ids=(), pad_id=0, live_vocab=_VOCAB.value)
+  # At random weights every id is about as likely.
+  stop_ids = range(_VOCAB.value // _MEAN.value if _MEAN.value else 0)
+  generate = make_generate(model, sampling, stop_ids=stop_ids, pad_id=0, live_vocab=_VOCAB.value)
   params = jax.jit(model.init)(jax.random.key(0))
   shape = (_BATCH.value, _PROMPT.value)
   tokens = jax.random.randint(jax.random.key(1), shape, 0, _VOCAB.value)
   records = jnp.arange(_BATCH.value)
-  arguments = (params, tokens, jnp.ones(shape, bool), jax.random.key(2), records)
+  rows = _AT_ONCE.value or _BATCH.value
+  key = jax.random.key(2)
+  batches = [
+    (
+      params,
+      tokens[i : i + rows],
+      jnp.ones((rows, _PROMPT.value), bool),
+      key,
+      records[i : i + rows],
+    )
+    for i in range(0, _BATCH.value, rows)
+  ]
 
   start = time.perf_counter()
-  compiled = jax.jit(generate).lower(*arguments).compile()
+  compiled = jax.jit(generate).lower(*batches[0]).compile()
   compile_s = time.perf_counter() - start
   if _DUMP.value:
     with open(_DUMP.value, 'w') as f:
@@ -71,13 +97,14 @@ def main(argv):
   seconds = []
   for _ in range(_RUNS.value + 1):
     start = time.perf_counter()
-    rollout, steps = jax.block_until_ready(compiled(*arguments))
+    done = jax.block_until_ready([compiled(*batch) for batch in batches])
     seconds.append(time.perf_counter() - start)
   seconds = seconds[1:]
-  count = int(rollout.mask.sum())
+  count = sum(int(rollout.mask.sum()) for rollout, _ in done)
   result = {
     'tokens': count,
-    'steps': int(steps),
+    'longest': max(int(rollout.mask.sum(axis=1).max()) for rollout, _ in done),
+    'steps': sum(int(steps) for _, steps in done),
     'compile_s': round(compile_s, 2),
     'median_s': round(statistics.median(seconds), 4),
     'fastest_s': round(min(seconds), 4),
