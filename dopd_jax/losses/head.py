@@ -27,7 +27,8 @@ from dopd_jax.losses.columns import Block, Columns
 
 _DEAD = -1e9  # the logit of an id that has probability 0: finite, so that 0 * log 0 stays 0
 _BLOCKS = 16  # of the vocabulary, in which the gradient of the head is added up
-_TILE_BYTES = 1 << 28  # of one float32 array of a tile, where the caller leaves its size open
+# Of one float32 array of a tile, where the caller leaves its size open.
+_TILE_BYTES, _LEAST_BYTES = 1 << 28, 1 << 20
 
 
 class Part(NamedTuple):
@@ -166,7 +167,7 @@ def _head(setting, hidden, head, sources, rows, d_head):
   table = rules.weights_of(setting.table)
   names = sorted({_source(rule) for rule in table} - {''})
   tiles = _Tiles(setting, head.shape[0], rows.live, _needs(setting.table, sources, rows))
-  several = len(table) > 1
+  several = len(table) > 1 and hidden.shape[0] > tiles.C  # a tile of all rows needs all of them
 
   def tile(take, d_head):
     live, ids = take(rows.live), take(rows.tokens)
@@ -248,15 +249,17 @@ class _Tiles:
 
   def __init__(self, setting: Setting, vocab: int, live: Array, need: Array):
     N = live.shape[0]
-    fits = _TILE_BYTES // (4 * (setting.columns or vocab))
+    row = 4 * (setting.columns or vocab)
+    fits = _TILE_BYTES // row
     if len(rules.weights_of(setting.table)) > 1:
-      fits = min(fits, N // 8)  # a tile that holds all kinds of rows would pay for all of them
+      # A tile that holds all kinds of rows pays for all of them, a tiny one for its own overhead.
+      fits = min(fits, max(N // 8, _LEAST_BYTES // row))
     C = setting.tile or max(128, 1 << max(fits, 1).bit_length() - 1)
-    self.C = min(C, N)
-    self.vocab, self.live = vocab, live
-    order = jnp.argsort(jnp.where(live, need, jnp.iinfo(jnp.int32).max), stable=True)
-    self.order = jnp.pad(order, (0, -N % self.C), constant_values=N)  # past the end
-    self.count = (jnp.sum(live) + self.C - 1) // self.C
+    self.C, self.vocab, self.live = C, vocab, live
+    if C < N:
+      order = jnp.argsort(jnp.where(live, need, jnp.iinfo(jnp.int32).max), stable=True)
+      self.order = jnp.pad(order, (0, -N % C), constant_values=N)  # past the end
+      self.count = (jnp.sum(live) + C - 1) // C
 
   def fold(self, tile, like, carry):
     """`tile(take, carry) -> (of each row, carry)` over the live tiles; rows in their own order.
@@ -264,18 +267,19 @@ class _Tiles:
     `take` gives the tile's rows of an array [N, ...]; `like` is one row of the result.
     """
     C, N = self.C, self.live.shape[0]
+    # A tile with rows that are not live computed them as rows of zeros.
+    own = lambda x, live: jnp.where(live.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+    if C >= N:
+      found, carry = tile(lambda x: x, carry)
+      return jax.tree.map(lambda x: own(x, self.live), found), carry
     found = jax.tree.map(lambda x: jnp.zeros((N, *x.shape), x.dtype), like)
 
     def step(i, state):
       found, carry = state
       rows = lax.dynamic_slice_in_dim(self.order, i * C, C)
       each, carry = tile(lambda x: _rows(x, rows), carry)
-      live = _rows(self.live, rows)  # in the last tile others were computed as rows of zeros
-
-      def put(all, x):
-        x = jnp.where(live.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
-        return all.at[rows].set(x, mode='drop', unique_indices=True)
-
+      live = _rows(self.live, rows)
+      put = lambda all, x: all.at[rows].set(own(x, live), mode='drop', unique_indices=True)
       return jax.tree.map(put, found, each), carry
 
     return lax.fori_loop(0, self.count, step, (found, carry))

@@ -108,4 +108,5 @@ def _peer(command: str) -> dict[str, Any]:
   done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
   if done.returncode:
     raise SystemExit(f'{command} failed:\n{done.stderr[-2000:]}')
-  return {'command': command, **json.loads(done.stdout.strip().splitlines()[-1])}
+  script = pathlib.Path(shlex.split(command)[-1]).name
+  return {'script': script, **json.loads(done.stdout.strip().splitlines()[-1])}

@@ -1,6 +1,6 @@
 """Tokens per second of the sampler on a small random Qwen3.
 
-    JAX_PLATFORMS=cpu python experiments/benchmarks/sampler.py
+    python -m experiments.benchmarks.sampler --peer='.venv-tunix/bin/python tunix_sampler.py'
 
 Prints one JSON line: tokens and decode steps of a run, median and fastest seconds over the runs,
 tokens per second by the median, and the megabytes that XLA takes for temporaries. Without
@@ -14,8 +14,6 @@ tokens per second by the median, and the megabytes that XLA takes for temporarie
 Absolute times drift with the machine: compare ratios.
 """
 
-import json
-import statistics
 import time
 
 import jax
@@ -25,6 +23,7 @@ from absl import app, flags
 from dopd_jax.models import DecoderConfig, build
 from dopd_jax.rollout import Sampling
 from dopd_jax.rollout.sampler import make_generate
+from experiments.benchmarks import harness
 
 _BATCH = flags.DEFINE_integer('batch', 32, 'Prompts.')
 _PROMPT = flags.DEFINE_integer('prompt', 32, 'Tokens of each prompt.')
@@ -39,7 +38,6 @@ _MEAN = flags.DEFINE_integer('mean_length', 0, 'Tokens that a row has on average
 _SLOTS = flags.DEFINE_integer('slots', 0, 'Completions decoded at once, refilled; 0 is all.')
 _AT_ONCE = flags.DEFINE_integer('at_once', 0, 'Prompts of a batch, one after the other; 0 is all.')
 _KV_CACHE = flags.DEFINE_string('kv_cache', 'compute', 'compute or int8.')
-_RUNS = flags.DEFINE_integer('runs', 7, 'Timed runs, after one that compiles.')
 _DUMP = flags.DEFINE_string('dump_hlo', None, 'Where to write the optimised HLO, if anywhere.')
 
 
@@ -94,25 +92,20 @@ def main(argv):
     with open(_DUMP.value, 'w') as f:
       f.write(compiled.as_text())
 
-  seconds = []
-  for _ in range(_RUNS.value + 1):
-    start = time.perf_counter()
-    done = jax.block_until_ready([compiled(*batch) for batch in batches])
-    seconds.append(time.perf_counter() - start)
-  seconds = seconds[1:]
+  run = lambda: [compiled(*batch) for batch in batches]
+  times = harness.seconds(run)
+  done = run()
   count = sum(int(rollout.mask.sum()) for rollout, _ in done)
-  result = {
+  ours = {
+    **times,
     'tokens': count,
     'longest': max(int(rollout.mask.sum(axis=1).max()) for rollout, _ in done),
     'steps': sum(int(steps) for _, steps in done),
     'compile_s': round(compile_s, 2),
-    'median_s': round(statistics.median(seconds), 4),
-    'fastest_s': round(min(seconds), 4),
-    'tokens_per_s': round(count / statistics.median(seconds)),
+    'tokens_per_s': round(count / times['median_s']),
     'temporary_mb': round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1),
-    'device': jax.devices()[0].device_kind,
   }
-  print(json.dumps(result))
+  harness.report('sampler', ours)
 
 
 if __name__ == '__main__':
