@@ -81,6 +81,7 @@ class Setting(NamedTuple):
   columns: vocabulary columns whose logits exist at once; 0: all. Streaming makes the logits again
     in every pass over the vocabulary: the smallest memory, two to four times the time.
   axis: the mesh axis over which the columns of every head are split, inside `shard_map`; '': none.
+    `vocab` must be given then.
   """
 
   table: rules.Table
@@ -164,6 +165,8 @@ def head_signals(
 
 def _head(setting, hidden, head, sources, rows, d_head):
   """(loss, seen, gradients), the last None where there is no `d_head` to add to."""
+  if setting.axis and not setting.vocab:
+    raise ValueError('with columns split over an axis, vocab must say how many ids are alive')
   table = rules.weights_of(setting.table)
   names = sorted({_source(rule) for rule in table} - {''})
   tiles = _Tiles(setting, head.shape[0], rows.live, _needs(setting.table, sources, rows))

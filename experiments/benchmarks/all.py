@@ -43,6 +43,8 @@ RUNS = {
     for name, module, more in (
       ('head', 'head', ['--tile=0', '--tokens=4096', f'--student_width={student}']),
       ('head_dense', 'head', ['--dense', '--tokens=1024', f'--student_width={student}']),
+      ('sampler', 'sampler', ['--vocab=151936', f'--layers={layers}', f'--width={student}',
+                              '--batch=64', '--new=512']),
       ('step', 'step', ['--vocab=151936', f'--layers={layers},{layers}',
                         f'--widths={student},2048', '--new=512']),
     )

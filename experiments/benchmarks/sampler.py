@@ -38,19 +38,23 @@ _MEAN = flags.DEFINE_integer('mean_length', 0, 'Tokens that a row has on average
 _SLOTS = flags.DEFINE_integer('slots', 0, 'Completions decoded at once, refilled; 0 is all.')
 _AT_ONCE = flags.DEFINE_integer('at_once', 0, 'Prompts of a batch, one after the other; 0 is all.')
 _KV_CACHE = flags.DEFINE_string('kv_cache', 'compute', 'compute or int8.')
+_LAYERS = flags.DEFINE_integer('layers', 4, 'Of the model.')
+_WIDTH = flags.DEFINE_integer('width', 256, 'Of the model; heads are 64 wide.')
+_DTYPE = flags.DEFINE_string('dtype', 'float32', 'Of activations and cache.')
 _DUMP = flags.DEFINE_string('dump_hlo', None, 'Where to write the optimised HLO, if anywhere.')
 
 
 def main(argv):
   """Compiles once, runs a few times, prints the line."""
   del argv
+  width = _WIDTH.value
   config = DecoderConfig(
     vocab_size=_VOCAB.value,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    hidden_size=width,
+    intermediate_size=3 * width,
+    num_hidden_layers=_LAYERS.value,
+    num_attention_heads=width // 64,
+    num_key_value_heads=width // 128,
     head_dim=64,
     rope_theta=1_000_000.0,
   )
@@ -64,7 +68,7 @@ def main(argv):
     slots=_SLOTS.value,
     kv_cache=_KV_CACHE.value,
   )
-  model = build(config)
+  model = build(config, compute_dtype=jnp.dtype(_DTYPE.value))
   # At random weights every id is about as likely.
   stop_ids = range(_VOCAB.value // _MEAN.value if _MEAN.value else 0)
   generate = make_generate(model, sampling, stop_ids=stop_ids, pad_id=0, live_vocab=_VOCAB.value)
