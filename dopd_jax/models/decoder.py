@@ -85,6 +85,7 @@ class Model(NamedTuple):
   init_cache(batch, length) -> Cache       empty, in the compute dtype
   head(params) -> [V, D]                   tied: the embedding table
   see(params, images) -> Features          the vision tower; None for a model of text alone
+  quantize(cache) -> Cache                 the same in int8, with scales
   """
 
   config: DecoderConfig
@@ -93,6 +94,7 @@ class Model(NamedTuple):
   init_cache: Callable[[int, int], Cache]
   head: Callable[[Params], Array]
   see: Callable[[Params, Images], Features] | None = None
+  quantize: Callable[[Cache], Cache] = quantize
 
 
 def build(config: DecoderConfig, *, compute_dtype: Any = jnp.float32, remat: bool = True) -> Model:

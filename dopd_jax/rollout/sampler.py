@@ -16,7 +16,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dopd_jax.errors import UserError
-from dopd_jax.models.decoder import quantize
 from dopd_jax.rollout import caches
 from dopd_jax.rollout.filters import filter_logits
 from dopd_jax.rollout.refill import refill
@@ -48,7 +47,7 @@ def make_sampler(
   decode cache: prompts are still read, and first tokens drawn, all at once.
 
   Args:
-    model: `forward`, `init_cache` and `head`.
+    model: `forward`, `init_cache`, `head` and, for an int8 cache, `quantize`.
     sampling: lengths, temperature and filters.
     stop_ids: a completion ends with the first of these. Empty: all run to `max_new_tokens`.
     pad_id: what to write after the end. It may be a stop id: masks never come from ids.
@@ -144,7 +143,7 @@ def make_generate(
     last_column = P - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last_column[:, None, None], axis=1)[:, 0]
     if sampling.kv_cache == 'int8':  # from here on: prompts are read at full precision
-      cache = quantize(cache)
+      cache = model.quantize(cache)
 
     active = jnp.repeat(jnp.any(valid, axis=1), M)
     state = _State(

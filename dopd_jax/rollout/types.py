@@ -97,6 +97,9 @@ class Decoder(Protocol):
   @property
   def head(self) -> Callable[[Any], Array]: ...
 
+  @property
+  def quantize(self) -> Callable[[Any], Any]: ...
+
 
 class Engine(Protocol):
   """One call: prompts in, completions out.
