@@ -114,7 +114,10 @@ class _Split:
 
   def of(self, sources: Sources) -> Any:
     """Specs of the parts."""
-    spec = lambda part: Part(ROWS, self.columns, P(), None if part.rows is None else ROWS)
+    rows: Any = ROWS  # they stand where the types say Array
+    heads: Any = self.columns
+    number: Any = P()
+    spec = lambda part: Part(rows, heads, number, None if part.rows is None else rows)
     return {name: tuple(map(spec, parts)) for name, parts in sources.items()}
 
   def __call__(self, local: Callable, setting: Setting, specs: Any, out: Any) -> Callable:

@@ -61,12 +61,13 @@ def measure(rule: rules.Rule, columns: Columns, tokens: Tokens, vocab: int) -> M
   if rule.divergence in rules.SOURCELESS or rule.region == 'sampled':
     return _at_token(rule, columns, tokens)
   inside, student, source, chosen = _classes(rule, columns, tokens, vocab)
+  assert source is not None
   least, last = chosen
   whole = rule.tail != 'truncate' or not _limited(rule, vocab)
 
   def terms(block):
     found = pointwise(
-      rule, block.student - student[:, None], _source(block) - source[:, None], whole
+      rule, block.student - student[:, None], source_of(block) - source[:, None], whole
     )
     return tuple(jnp.where(inside(block), x, 0.0) for x in found)
 
@@ -76,7 +77,7 @@ def measure(rule: rules.Rule, columns: Columns, tokens: Tokens, vocab: int) -> M
   if _limited(rule, vocab) and rule.tail == 'bucket':
     rest, source_rest = (
       columns.log_sum_exp(lambda b, of=of: jnp.where(inside(b), -jnp.inf, of(b)))
-      for of in (lambda b: b.student, _source)
+      for of in (lambda b: b.student, source_of)
     )
     more, spread = pointwise(rule, rest - student, source_rest - source, whole)
     value, total = value + more, total + spread
@@ -94,7 +95,7 @@ def gradient(
   limited = _limited(rule, vocab)
   s = block.student - m.student[:, None]
   whole = rule.tail != 'truncate' or not limited
-  u = pointwise(rule, s, _source(block) - m.source[:, None], whole)[1]
+  u = pointwise(rule, s, source_of(block) - m.source[:, None], whole)[1]
   if not limited:
     return u
   outside = 0.0
@@ -132,16 +133,18 @@ def _at_token(rule: rules.Rule, columns: Columns, tokens: Tokens) -> Measured:
   nothing = jnp.zeros_like(tokens.logp)
   source = None
   if rule.divergence not in rules.SOURCELESS:
-    at_y = lambda b: (jnp.where(b.ids == tokens.ids[:, None], _source(b), 0.0),)
+    at_y = lambda b: (jnp.where(b.ids == tokens.ids[:, None], source_of(b), 0.0),)
     source = columns.total(at_y)[0] - tokens.source_lse
 
   def loss(logp):
     if rule.divergence == rules.CROSS_ENTROPY:
       return -logp
     if rule.divergence == rules.POLICY_GRADIENT:
+      assert tokens.old_logp is not None and tokens.advantage is not None, rule
       return policy_gradient.clipped_surrogate(
         logp, tokens.old_logp, tokens.advantage, rule.clip_low, rule.clip_high
       )
+    assert source is not None
     return support.sampled_score(rule.divergence, logp, source, rule.clip)
 
   value, vjp = jax.vjp(loss, tokens.logp)
@@ -162,7 +165,7 @@ def _classes(rule: rules.Rule, columns: Columns, tokens: Tokens, vocab: int):
     return inside, tokens.lse, tokens.source_lse, chosen
   student, source = (
     columns.log_sum_exp(lambda b, of=of: jnp.where(inside(b), of(b), -jnp.inf))
-    for of in (lambda b: b.student, _source)
+    for of in (lambda b: b.student, source_of)
   )
   return inside, student, source, chosen
 
@@ -172,7 +175,7 @@ def _limited(rule: rules.Rule, vocab: int) -> bool:
 
 
 def _chooser(rule: rules.Rule, block: Block) -> Array:
-  return block.student if rule.support == 'student' else _source(block)
+  return block.student if rule.support == 'student' else source_of(block)
 
 
 def _inside(rule: rules.Rule, block: Block, least: Array, last: Array) -> Array:
@@ -181,6 +184,7 @@ def _inside(rule: rules.Rule, block: Block, least: Array, last: Array) -> Array:
   return jnp.where(tie, block.ids <= last[:, None], x > least)
 
 
-def _source(block: Block) -> Array:
+def source_of(block: Block) -> Array:
+  """The source's logits of a block that has a source."""
   assert block.source is not None
   return block.source

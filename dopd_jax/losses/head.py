@@ -141,7 +141,9 @@ def head_grads(
   Inside `shard_map` the loss and the head's gradient are those of this device's rows.
   """
   start = jnp.zeros(head.shape, jnp.float32) if d_head is None else d_head
-  return _head(setting, hidden, head, sources, rows, start)
+  loss, seen, grads = _head(setting, hidden, head, sources, rows, start)
+  assert grads is not None
+  return loss, seen, grads
 
 
 def head_signals(
@@ -190,6 +192,7 @@ def _head(setting, hidden, head, sources, rows, d_head):
     measured, loss = {}, jnp.zeros_like(lse)
     for rule, weight in weights.items():
       if rule.ratio_cap is not None:
+        assert tokens.old_logp is not None, rule
         weight *= policy_gradient.capped_ratio(logp, tokens.old_logp, rule.ratio_cap)
         weights[rule] = weight
 
@@ -197,7 +200,7 @@ def _head(setting, hidden, head, sources, rows, d_head):
         columns = pairs[_source(rule)]
         known = tokens
         if _source(rule):
-          known = tokens._replace(source_lse=columns.log_sum_exp(lambda b: b.source))
+          known = tokens._replace(source_lse=columns.log_sum_exp(closed_form.source_of))
         return closed_form.measure(rule, columns, known, setting.vocab or tiles.vocab)
 
       measured[rule] = _if_any(weight, measure, skip=several)
@@ -207,10 +210,11 @@ def _head(setting, hidden, head, sources, rows, d_head):
       return seen, None
 
     scales = {rule: coef * weight / setting.temperature for rule, weight in weights.items()}
-    total = sum(_weighted(g, measured[rule].total) for rule, g in scales.items())
+    nothing = jnp.zeros_like(lse)
+    total = sum((_weighted(g, measured[rule].total) for rule, g in scales.items()), nothing)
 
     def dz(j):
-      grad = 0.0
+      grad = jnp.float32(0.0)
       for rule, g in scales.items():
 
         def of(rule=rule, g=g):
@@ -337,7 +341,7 @@ class _Reader:
     return lax.psum(d_hidden, self.setting.axis) if self.setting.axis else d_hidden, d_head
 
   def _logits(self, j):
-    z = 0.0
+    z = jnp.float32(0.0)
     for part, here, h in zip(self.parts, self.wanted, self.hidden):
 
       def of(part=part, h=h):
