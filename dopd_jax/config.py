@@ -173,6 +173,8 @@ class Config:
 
 # In an existing workdir these may change: they decide when, not what.
 CADENCE = ('log.', 'evaluation.every', 'checkpoint.every', 'checkpoint.keep')
+# These decide memory and speed: results change by rounding alone.
+MEMORY = ('head_tile', 'remat', 'rollout.slots', 'rollout.prompts_at_once')
 
 
 def default(method: str = 'dopd', **changes: Any) -> ml_collections.ConfigDict:
@@ -214,15 +216,33 @@ def to_json(config: Config) -> str:
   return json.dumps(_to_dict(config), indent=2, sort_keys=True)
 
 
-def differences(old: dict, new: dict, prefix: str = '') -> list[str]:
-  """Dotted names of the settings that decide numbers and differ between two configs as dicts."""
+def differences(old: dict, new: dict, ignore: tuple[str, ...] = CADENCE) -> list[str]:
+  """What differs between two configs as dicts, but for the settings that `ignore` begins.
+
+  A setting that is newer than `old` had its default there: a new setting's default is therefore
+  what was done before it existed.
+  """
+  method = old.get('objective', {}).get('name')
+  defaults = {}
+  if method in objectives.METHODS:
+    defaults = json.loads(to_json(Config(objective=objectives.METHODS[method]())))
+  return _differences(_filled(old, defaults), new, ignore)
+
+
+def _filled(old: dict, defaults: dict) -> dict:
+  nested = lambda key, value: isinstance(value, dict) and isinstance(defaults.get(key), dict)
+  known = {k: _filled(v, defaults[k]) if nested(k, v) else v for k, v in old.items()}
+  return {**defaults, **known}
+
+
+def _differences(old: dict, new: dict, ignore: tuple[str, ...], prefix: str = '') -> list[str]:
   found = []
   for key in sorted(old.keys() | new.keys()):
     name = f'{prefix}{key}'
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
-      found += differences(a, b, f'{name}.')
-    elif a != b and not name.startswith(CADENCE):
+      found += _differences(a, b, ignore, f'{name}.')
+    elif a != b and not name.startswith(ignore):
       found.append(f'{name} (was {a!r}, is {b!r})')
   return found
 

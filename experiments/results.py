@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from dopd_jax import config as configs
 from dopd_jax import report
 from dopd_jax.errors import UserError
 from experiments.grid import Experiment, Run
@@ -30,8 +31,14 @@ def done(run: Run, out: pathlib.Path) -> bool:
   path = run.file(out)
   if not path.exists():
     return False
-  if _read(path)['config_hash'] != run.config_hash:
-    raise UserError(f'{path} is the result of another config: delete it or name another --out')
+  changed = configs.differences(
+    _read(path)['config'], json.loads(configs.to_json(run.config)), configs.MEMORY
+  )
+  if changed:
+    raise UserError(
+      f'{path} is the result of another config, which differs in {"; ".join(changed[:5])}: delete '
+      'it or name another --out'
+    )
   return True
 
 
@@ -138,7 +145,7 @@ def summarise(experiment: Experiment, results: Sequence[dict[str, Any]]) -> list
 def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
     result = json.loads(path.read_text())
-    if missing := {'arm', 'seed', 'learning_rate', 'config_hash', 'rows', 'means'} - result.keys():
+    if missing := {'arm', 'seed', 'learning_rate', 'config', 'rows', 'means'} - result.keys():
       raise ValueError(missing)
   except (ValueError, AttributeError) as error:
     raise UserError(f'{path} is not a whole result: delete it, the same command goes on') from error

@@ -56,7 +56,6 @@ def perform(
     'arm': run.arm,
     'seed': run.seed,
     'learning_rate': run.learning_rate,
-    'config_hash': run.config_hash,
     **({'stopped': stopped} if stopped else {}),
     'commit': commit,
     'versions': about['versions'],
@@ -65,7 +64,7 @@ def perform(
     'wall_seconds': sum(
       value for row in rows for name, value in row.items() if value and _is_seconds(name)
     ),
-    'objective': about['config']['objective'],
+    'config': about['config'],
     'means': means(rows),
     'rows': [row for row in rows if any(name.startswith('eval/') for name in row)],
   }

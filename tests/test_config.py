@@ -165,6 +165,22 @@ def test_only_cadence_may_change():
   ]
 
 
+def test_a_setting_that_is_newer_than_a_run_had_its_default():
+  import json
+
+  new = json.loads(configs.to_json(configs.validate(valid())))
+  old = json.loads(json.dumps(new))
+  del old['remat'], old['rollout']['lag'], old['objective']['k'], old['optimizer']
+  assert configs.differences(old, {**new, 'optimizer': configs.default().optimizer.to_dict()}) == []
+  new['remat'], new['rollout']['lag'] = False, 1
+  assert configs.differences(old | {'optimizer': new['optimizer']}, new) == [
+    'remat (was True, is False)',
+    'rollout.lag (was 0, is 1)',
+  ]
+  ignored = 'remat', 'rollout.'
+  assert configs.differences(old | {'optimizer': new['optimizer']}, new, ignored) == []
+
+
 def test_config_arguments():
   a = configs.parse_arg('smoke,method=opd,n=3', smoke=False, method='dopd', n=1)
   assert (a.smoke, a.method, a.n) == (True, 'opd', 3)

@@ -11,6 +11,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from dopd_jax import config as configs
 from dopd_jax import objectives, workdirs
 from dopd_jax.errors import Stopped, UserError
 from experiments import draw, grid, results, run, tables, workers
@@ -63,7 +64,7 @@ def walk(out, trainer, experiment=EXPERIMENT, **kwargs):
 
 def result(arm, seed, value, **more):
   rows = [{'step': 0, 'eval/accuracy': 0.5}, {'step': 4, 'eval/accuracy': value}]
-  about = {'learning_rate': 5e-4, 'config_hash': '', 'means': {'train/entropy/S': value}}
+  about = {'learning_rate': 5e-4, 'config': {}, 'means': {'train/entropy/S': value}}
   return {'arm': arm, 'seed': seed, 'rows': rows, **about, **more}
 
 
@@ -160,14 +161,29 @@ def test_a_walk_tunes_then_runs_every_arm_at_its_own_rate(tmp_path):
   assert (tmp_path / 'results' / 'dopd.seed2.json').exists()
 
 
+@pytest.mark.parametrize(
+  'name', [p.parent.name for p in grid.ROOT.glob('experiments/*/experiment.py')]
+)
+def test_what_is_committed_is_what_the_command_would_run(name):
+  """So that it goes on where it stopped, on the code of today."""
+  experiment, out = grid.load(name), grid.ROOT / 'experiments' / name
+  tuning = grid.tuning_runs(experiment, list(experiment.arms))
+  rates = results.rates(experiment, tuning, out) or dict.fromkeys(experiment.arms)
+  planned = [*tuning, *grid.final_runs(experiment, rates)]
+  assert len(planned) > 10 and all(results.done(run, out) for run in planned)
+  other = dataclasses.replace(planned[0].config, steps=7)
+  with pytest.raises(UserError, match=r'another config, which differs in steps \(was \d+, is 7\)'):
+    results.done(dataclasses.replace(planned[0], config=other), out)
+
+
 def test_a_result_file_says_what_ran(tmp_path):
   walk(tmp_path, Trainer())
   path = tmp_path / 'results' / 'dopd.seed1.json'
   got = json.loads(path.read_text())
   one = next(r for r in grid.final_runs(EXPERIMENT, {'dopd': 1e-3}) if r.seed == 1)
-  assert got['config_hash'] == one.config_hash
+  assert got['config'] == json.loads(configs.to_json(one.config))
   assert (got['arm'], got['seed'], got['learning_rate']) == ('dopd', 1, 1e-3)
-  assert got['objective']['k'] == 5
+  assert got['config']['objective']['k'] == 5
   assert {'jax', 'python'} <= got['versions'].keys()
   assert [row['step'] for row in got['rows']] == [0, 4]
   assert got['rows'][1]['train/loss'] == 1.33333  # a whole row, six digits
@@ -347,7 +363,7 @@ def test_the_command_runs_goes_on_and_tells_a_mistake_of_a_run(tmp_path):
   assert 'opd.seed0: ' in told and 'dopd.seed0: ' in told
   finals = [json.loads(p.read_text()) for p in sorted((out / 'results').glob('*.json'))]
   assert [r['arm'] for r in finals] == ['dopd', 'opd']
-  assert finals[0]['objective']['k'] == 5
+  assert finals[0]['config']['objective']['k'] == 5
   assert all(r['rows'][-1]['step'] == 2 and r['device'] for r in finals)
   page = (out / 'table.md').read_text()
   assert '| dopd | 0.0005 | 1 |' in page and 'Not run yet: broken.' in page
