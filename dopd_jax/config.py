@@ -165,7 +165,9 @@ class Config:
   mesh: Mesh = Mesh()
   steps: int = 200
   microbatch: int = 8  # rows a forward and backward pass
-  head_tile: int = 0  # tokens whose logits exist at once; 0: as many as make an array of 256 MiB
+  head_tile: int = (
+    0  # tokens whose logits exist at once; 0: by the vocabulary, arrays up to 256 MiB
+  )
   remat: bool = True  # memory: blocks keep their input and are computed again in the backward pass
   compute_dtype: str = 'auto'  # bfloat16 on accelerators, float32 on CPU
   seed: int = 0

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from dopd_jax.losses import head as fused
-from dopd_jax.losses.head import Part, Rows, Seen, Setting
+from dopd_jax.losses.head import Part, Rows, Setting, TokenView
 from dopd_jax.objectives import Signals
 from dopd_jax.sharding import AXES, ROWS
 
@@ -36,7 +36,7 @@ def signals(
     found = fused.head_signals(setting, _flat(hidden), head, _flat(tokens), _flat(mask))
     return Signals(*_shaped(found, mask))
 
-  split = _Split(tokens, [head])
+  split = _Split(tokens, head)
   specs = ROWS, split.columns, ROWS, ROWS
   return split(local, setting, specs, ROWS)(hidden, head, tokens, mask)
 
@@ -47,15 +47,15 @@ def losses(
   head: Float[Array, 'V D'],
   sources: Sources,
   rows: Rows,
-) -> Seen:
+) -> TokenView:
   """What is seen of each token, without gradients; `rows` of [b, N]."""
   head, sources = _one_width(head, sources)
 
   def local(setting, hidden, head, sources, rows):
-    flat = _flat(hidden), head, _flat_sources(sources, rows.live), jax.tree.map(_flat, rows)
-    return Seen(*_shaped(fused.head_loss(setting, *flat)[1], rows.live))
+    _, seen = fused.head_loss(setting, *_flat_all(hidden, head, sources, rows))
+    return TokenView(*_shaped(seen, rows.live))
 
-  split = _Split(rows.live, [head])
+  split = _Split(rows.live, head)
   specs = ROWS, split.columns, split.of(sources), ROWS
   return split(local, setting, specs, ROWS)(hidden, head, sources, rows)
 
@@ -63,7 +63,7 @@ def losses(
 def zeros(head: Float[Array, 'V D'], sources: Sources, rows: Any) -> Float[Array, 'devices V D']:
   """Where `grads` begins: `rows` is any array [b, ...] of the first micro-batch."""
   head, _ = _one_width(head, sources)
-  split = _Split(rows, [head])
+  split = _Split(rows, head)
   start = jnp.zeros((split.devices, *head.shape), jnp.float32)
   return jax.lax.with_sharding_constraint(start, split.partial) if split.mesh else start
 
@@ -75,16 +75,17 @@ def grads(
   sources: Sources,
   rows: Rows,
   d_head: Float[Array, 'devices V D'],
-) -> tuple[Seen, Float[Array, 'b N D'], Float[Array, 'devices V D']]:
+) -> tuple[TokenView, Float[Array, 'b N D'], Float[Array, 'devices V D']]:
   """As `losses`, with the gradients of `sum(coef * loss)`; the head's is added to `d_head`."""
   head, sources = _one_width(head, sources)
 
   def local(setting, hidden, head, sources, rows, d_head):
-    flat = _flat(hidden), head, _flat_sources(sources, rows.live), jax.tree.map(_flat, rows)
+    flat = _flat_all(hidden, head, sources, rows)
     _, seen, found = fused.head_grads(setting, *flat, d_head[0])
-    return Seen(*_shaped(seen, rows.live)), found.hidden.reshape(hidden.shape), found.head[None]
+    seen = TokenView(*_shaped(seen, rows.live))
+    return seen, found.hidden.reshape(hidden.shape), found.head[None]
 
-  split = _Split(rows.live, [head])
+  split = _Split(rows.live, head)
   specs = ROWS, split.columns, split.of(sources), ROWS, split.partial
   run = split(local, setting, specs, (ROWS, ROWS, split.partial))
   return run(hidden, head, sources, rows, d_head)
@@ -100,15 +101,15 @@ class _Split:
   """How rows and columns lie on the mesh of the context; without one, or where the rows do not
   divide, everything is computed as if there was one device, and XLA places it."""
 
-  def __init__(self, rows: Any, heads: Sequence[Any]):
+  def __init__(self, rows: Any, head: Any):
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(mesh.shape) if set(AXES) <= set(mesh.auto_axes) else {}
     self.devices = math.prod(sizes.get(axis, 1) for axis in ROWS[0])
     self.mesh = bool(sizes) and rows.shape[0] % self.devices == 0
     if not self.mesh:
       self.devices = 1
-    divides = all(head.shape[0] % sizes.get('tensor', 1) == 0 for head in heads)
-    self.axis = 'tensor' if self.mesh and sizes['tensor'] > 1 and divides else ''
+    tensor = sizes.get('tensor', 1)
+    self.axis = 'tensor' if self.mesh and tensor > 1 and head.shape[0] % tensor == 0 else ''
     self.columns = P(self.axis or None)
     self.partial = P(ROWS[0], self.axis or None)
 
@@ -138,14 +139,17 @@ def _flat(x: Array) -> Array:
   return x.reshape(-1, *x.shape[2:])
 
 
-def _flat_sources(sources: Sources, like: Array) -> Sources:
-  def flat(part):
-    rows = part.rows
-    if rows is not None:
-      rows = _flat(jnp.broadcast_to(rows[:, None], like.shape))
-    return part._replace(hidden=_flat(part.hidden), rows=rows)
+def _flat_all(hidden: Array, head: Array, sources: Sources, rows: Rows):
+  """What `losses.head` takes: one axis of tokens in place of rows and positions."""
 
-  return {name: tuple(map(flat, parts)) for name, parts in sources.items()}
+  def flat(part):
+    mine = part.rows
+    if mine is not None:
+      mine = _flat(jnp.broadcast_to(mine[:, None], rows.live.shape))
+    return part._replace(hidden=_flat(part.hidden), rows=mine)
+
+  parts = {name: tuple(map(flat, parts)) for name, parts in sources.items()}
+  return _flat(hidden), head, parts, jax.tree.map(_flat, rows)
 
 
 def _shaped(found: Sequence[Array], like: Array) -> list[Array]:

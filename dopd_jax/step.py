@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dopd_jax import heads
 from dopd_jax.config import micro_batches
 from dopd_jax.losses import pairing, rules
-from dopd_jax.losses.head import Part, Rows, Setting
+from dopd_jax.losses.head import Part, Rows, Setting, TokenView
 from dopd_jax.models import Model
 from dopd_jax.objectives import Objective, Plan, Seen, Signals, View, make_plan
 from dopd_jax.state import TrainState
@@ -73,14 +73,6 @@ class Scored(NamedTuple):
   plan: Plan
 
 
-class TokenView(NamedTuple):
-  """What the student's own pass says of each token; float32, nats."""
-
-  loss: Float[Array, 'B N']  # weighted by the rules, unreduced
-  logp: Float[Array, 'B N']  # the trainer's log-prob of the sampled token
-  entropy: Float[Array, 'B N']
-
-
 class Updated(NamedTuple):
   """What an update tells beside the new state; float32, nats."""
 
@@ -127,7 +119,7 @@ def make_steps(
     tx: the optimizer.
     live_vocab: `len(tokenizer)`: columns of any head beyond it have probability 0.
     microbatch: most rows of a forward and backward pass.
-    head_tile: tokens whose logits exist at once; 0: as many as make an array of 256 MiB.
+    head_tile: `losses.head.Setting.tile`.
     samples: completions a prompt.
     seed: of what the objective draws.
     frozen_vision: no gradient is made for the student's vision features.
@@ -297,7 +289,7 @@ def make_steps(
       hidden = trunk(student, state.params, prompt, tokens, mask, x[2])
       source_hidden, mine, rows = x[1]
       sources = sources_of(source_hidden, tables, mine)
-      return TokenView(*heads.losses(setting, hidden, head, sources, rows))
+      return heads.losses(setting, hidden, head, sources, rows)
 
     seen = look(student, state.params, own_images(batch), batch.tokens.shape[0])
     return _over_micro_batches(rows, (*rows_of(batch, scored), seen), microbatch)
@@ -321,7 +313,7 @@ def make_steps(
       grads = jax.tree.map(jnp.add, grads, d_params)
       norm = jnp.linalg.norm(d_hidden.astype(jnp.float32), axis=-1)
       loss = jnp.sum(jnp.where(for_head.coef != 0, for_head.coef * seen.loss, 0.0))
-      return (grads, d_head, total + loss), (TokenView(*seen), norm, d_features)
+      return (grads, d_head, total + loss), (seen, norm, d_features)
 
     n = micro_batches(_rows(rows), microbatch)
     dealt = _deal((*rows, features), n)

@@ -11,8 +11,9 @@ import numpy as np
 from dopd_jax.data import Example, read_image
 from dopd_jax.data.boxes import to_pixels
 from dopd_jax.data.chat import IMAGE_MARKER
+from dopd_jax.losses.head import TokenView
 from dopd_jax.objectives import Objective
-from dopd_jax.step import Batch, Scored, TokenView
+from dopd_jax.step import Batch, Scored
 
 # The log-prob of the sampled token under each view, by the names of samples.html and tokens.jsonl.
 COLUMNS = {

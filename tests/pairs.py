@@ -58,10 +58,5 @@ def config(method='dopd', **changes):
   c.checkpoint.every = 2
   c.evaluation.every = 2
   c.mesh.fsdp = -1
-  for name, value in changes.items():
-    *path, key = name.split('__')
-    node = c
-    for part in path:
-      node = node[part]
-    node[key] = value
+  c.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
   return c

@@ -58,7 +58,7 @@ def measure(rule: rules.Rule, columns: Columns, tokens: Tokens, vocab: int) -> M
     tokens: of these rows.
     vocab: how many ids are alive; from K = vocab on a top K is the full vocabulary.
   """
-  if rule.divergence in rules.SOURCELESS or rule.region == 'sampled':
+  if _of_one_token(rule):
     return _at_token(rule, columns, tokens)
   inside, student, source, chosen = _classes(rule, columns, tokens, vocab)
   assert source is not None
@@ -90,7 +90,7 @@ def gradient(
   rule: rules.Rule, m: Measured, block: Block, tokens: Int[Array, 'C'], vocab: int
 ) -> Float[Array, 'C J']:
   """u of one block of columns: `dl/dz = u - p * m.total`."""
-  if rule.divergence in rules.SOURCELESS or rule.region == 'sampled':
+  if _of_one_token(rule):
     return jnp.where(block.ids == tokens[:, None], m.at_y[:, None], 0.0)
   limited = _limited(rule, vocab)
   s = block.student - m.student[:, None]
@@ -168,6 +168,10 @@ def _classes(rule: rules.Rule, columns: Columns, tokens: Tokens, vocab: int):
     for of in (lambda b: b.student, source_of)
   )
   return inside, student, source, chosen
+
+
+def _of_one_token(rule: rules.Rule) -> bool:
+  return rule.divergence in rules.SOURCELESS or rule.region == 'sampled'
 
 
 def _limited(rule: rules.Rule, vocab: int) -> bool:

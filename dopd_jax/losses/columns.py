@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+_ID_BITS = 24  # no vocabulary has 16 million ids
+
 
 class Block(NamedTuple):
   """J columns of the logits of C rows, divided by the temperature, float32, and their ids.
@@ -109,8 +111,8 @@ class Columns(NamedTuple):
         enough = above + count(same & (ids <= middle[:, None])) >= k
         return jnp.where(enough, first, middle + 1), jnp.where(enough, middle, last)
 
-      begin = jnp.zeros_like(low), jnp.full_like(low, 1 << 24)
-      return lax.fori_loop(0, 25, lower_high, begin)[1]
+      begin = jnp.zeros_like(low), jnp.full_like(low, 1 << _ID_BITS)
+      return lax.fori_loop(0, _ID_BITS + 1, lower_high, begin)[1]
 
     everything = jnp.full_like(low, jnp.iinfo(jnp.int32).max)
     last = lax.cond(jnp.any(n > k), of_several, lambda: everything)

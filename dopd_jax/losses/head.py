@@ -13,6 +13,7 @@ float32. Top K is exactly K, ties to the smaller id, by a threshold: no gather a
 (Streamed logits are rounded anew in each pass: logits within 1e-6 of the K-th count as ties there.)
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -54,12 +55,12 @@ class Rows(NamedTuple):
   old_logp: Float[Array, 'N'] | None = None
 
 
-class Seen(NamedTuple):
-  """Of each token: loss weighted by the rules, and the student's log-prob and entropy; nats."""
+class TokenView(NamedTuple):
+  """What the student's own pass says of each token; float32, nats."""
 
-  loss: Float[Array, 'N']
-  logp: Float[Array, 'N']
-  entropy: Float[Array, 'N']
+  loss: Float[Array, '...']  # weighted by the rules, unreduced
+  logp: Float[Array, '...']  # the trainer's log-prob of the sampled token
+  entropy: Float[Array, '...']
 
 
 class Grads(NamedTuple):
@@ -99,7 +100,7 @@ def head_loss(
   head: Float[Array, 'V D'],
   sources: Mapping[str, Sequence[Part]],
   rows: Rows,
-) -> tuple[Float[Array, ''], Seen]:
+) -> tuple[Float[Array, ''], TokenView]:
   """The loss of N tokens and what was seen of each, differentiable in `hidden` and `head`.
 
   Args:
@@ -110,7 +111,8 @@ def head_loss(
     rows: of the tokens.
 
   Returns:
-    The loss, nats, and `Seen`, constants for autodiff. Both are exactly 0 for rows without a rule.
+    The loss, nats, and the view, a constant for autodiff. A token's loss is exactly 0 where no rule
+    has it, all of its view where it is not live.
   """
 
   @jax.custom_vjp
@@ -135,7 +137,7 @@ def head_grads(
   sources: Mapping[str, Sequence[Part]],
   rows: Rows,
   d_head: Float[Array, 'V D'] | None = None,
-) -> tuple[Float[Array, ''], Seen, Grads]:
+) -> tuple[Float[Array, ''], TokenView, Grads]:
   """As `head_loss`, with its gradients; that of the head is added to `d_head`.
 
   Inside `shard_map` the loss and the head's gradient are those of this device's rows.
@@ -172,6 +174,7 @@ def _head(setting, hidden, head, sources, rows, d_head):
   table = rules.weights_of(setting.table)
   names = sorted({_source(rule) for rule in table} - {''})
   tiles = _Tiles(setting, head.shape[0], rows.live, _needs(setting.table, sources, rows))
+  vocab = setting.vocab or head.shape[0]
   several = len(table) > 1 and hidden.shape[0] > tiles.C  # a tile of all rows needs all of them
 
   def tile(take, d_head):
@@ -181,11 +184,14 @@ def _head(setting, hidden, head, sources, rows, d_head):
     number = lambda x: None if x is None else jnp.where(live, take(x), 0.0)
     weights = {rule: jnp.asarray(row, jnp.float32)[regime] for rule, row in table.items()}
     student = _Reader(setting, take, (Part(hidden, head),), live)
-    pairs = {'': student.columns()}
+    pairs, source_lse = {'': student.columns()}, {'': None}
     for name in names:
-      wanted = sum(w != 0 for rule, w in weights.items() if _source(rule) == name) > 0
+      theirs = [w != 0 for rule, w in weights.items() if _source(rule) == name]
+      wanted = functools.reduce(jnp.logical_or, theirs)
       source = _Reader(setting, take, sources[name], wanted, skip=several)
-      pairs[name] = student.columns(source)
+      pairs[name] = columns = student.columns(source)
+      lse = functools.partial(columns.log_sum_exp, closed_form.source_of)
+      source_lse[name] = _if_any(wanted, lse, skip=several)
 
     logp, lse, entropy = _signals(student.columns(), ids)
     tokens = closed_form.Tokens(ids, lse, logp, None, number(rows.advantage), number(rows.old_logp))
@@ -197,11 +203,8 @@ def _head(setting, hidden, head, sources, rows, d_head):
         weights[rule] = weight
 
       def measure(rule=rule):
-        columns = pairs[_source(rule)]
-        known = tokens
-        if _source(rule):
-          known = tokens._replace(source_lse=columns.log_sum_exp(closed_form.source_of))
-        return closed_form.measure(rule, columns, known, setting.vocab or tiles.vocab)
+        known = tokens._replace(source_lse=source_lse[_source(rule)])
+        return closed_form.measure(rule, pairs[_source(rule)], known, vocab)
 
       measured[rule] = _if_any(weight, measure, skip=several)
       loss += _weighted(weight, measured[rule].value)
@@ -219,7 +222,6 @@ def _head(setting, hidden, head, sources, rows, d_head):
 
         def of(rule=rule, g=g):
           block = pairs[_source(rule)].block(j)
-          vocab = setting.vocab or tiles.vocab
           u = closed_form.gradient(rule, measured[rule], block, ids, vocab)
           return _weighted(g[:, None], u)
 
@@ -234,7 +236,7 @@ def _head(setting, hidden, head, sources, rows, d_head):
   if d_head is not None:
     like = (*like, jnp.zeros(hidden.shape[1:], hidden.dtype))
   found, d_head = tiles.fold(tile, like, d_head)
-  seen = Seen(*found[:3])
+  seen = TokenView(*found[:3])
   loss = jnp.sum(_weighted(jnp.where(rows.live, rows.coef, 0.0), seen.loss))
   return loss, seen, None if d_head is None else Grads(found[3], d_head)
 
@@ -262,7 +264,7 @@ class _Tiles:
       # A tile that holds all kinds of rows pays for all of them, a tiny one for its own overhead.
       fits = min(fits, max(N // 8, _LEAST_BYTES // row))
     C = setting.tile or max(128, 1 << max(fits, 1).bit_length() - 1)
-    self.C, self.vocab, self.live = C, vocab, live
+    self.C, self.live = C, live
     if C < N:
       order = jnp.argsort(jnp.where(live, need, jnp.iinfo(jnp.int32).max), stable=True)
       self.order = jnp.pad(order, (0, -N % C), constant_values=N)  # past the end
