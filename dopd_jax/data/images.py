@@ -344,17 +344,17 @@ def _file(source: Any, where: str) -> io.BytesIO | io.BufferedReader:
       f'{where}: the image {path[:80]!r} is a remote address; download it first and give its path.'
     )
   try:
-    if not os.path.getsize(path):
-      raise UserError(
-        f'{where}: the image{_name(source)} is empty, 0 bytes; repair it or remove the record.'
-      )
-    return open(path, 'rb')
+    if os.path.getsize(path):
+      return open(path, 'rb')
   except (OSError, ValueError) as error:
     reason = getattr(error, 'strerror', None) or _first_line(error)
     raise UserError(
       f'{where}: the image{_name(source)} cannot be opened ({reason}); name a file, with a '
       'relative path from the folder of the data or from where the command runs.'
     ) from None
+  raise UserError(
+    f'{where}: the image{_name(source)} is empty, 0 bytes; repair it or remove the record.'
+  )
 
 
 def _from_array(pixels: np.ndarray, where: str) -> Image.Image:

@@ -113,6 +113,8 @@ def parse_record(
   record_id = _text(values['id'], 'id', where, numbers=True)
   if record_id is not None and not record_id.strip():
     raise UserError(f'{where}: the id is empty; give the record an id or leave the column out.')
+  if record_id is not None:
+    where = f'{where}, record {record_id}'
   context = _text(values['privileged_context'], 'privileged_context', where)
   if kind != 'column':
     context = '' if kind == 'none' else None

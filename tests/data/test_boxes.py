@@ -160,6 +160,12 @@ def test_a_mistake_names_its_place(columns, words):
     assert str(error.value).startswith('train.jsonl line 3: ')
 
 
+def test_a_mistake_names_its_record():
+  row = {'id': 'r7', 'prompt': 'Why?', 'privileged_context': '', 'image': 'a.png'}
+  with pytest.raises(UserError, match=r'^train\.jsonl line 3, record r7: box 1 is inverted'):
+    parse_record({**row, 'boxes': [[5, 0, 1, 5]]}, 'train.jsonl line 3', default_id='x')
+
+
 def test_kinds_need_no_privileged_context():
   row = {'prompt': 'Why?', 'answer': '4', 'image': 'a.png', 'boxes': [[0, 0, 5, 5]]}
   for kind in ('none', 'answer', 'box'):

@@ -199,6 +199,13 @@ def test_a_bad_image_is_one_sentence_with_its_record(name):
   assert len(message) < 400
 
 
+def test_an_empty_file_is_said_to_be_empty(tmp_path):
+  path = tmp_path / 'a.png'
+  path.write_bytes(b'')
+  with pytest.raises(UserError, match=r'^Record r7: the image .*a.png. is empty, 0 bytes; '):
+    read_image(str(path), 'Record r7')
+
+
 def test_bombs_are_refused_before_they_are_decoded():
   with pytest.raises(UserError, match='64 x 64 pixels is over the limit of 4095'):
     read_image(NOISE, pixel_limit=4095)

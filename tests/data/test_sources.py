@@ -78,7 +78,7 @@ def test_mistakes_name_file_and_row(tmp_path, name):
   with pytest.raises(UserError) as error:
     open_source(path)
   row = {'rows.jsonl': 'line 2', 'rows.parquet': 'row 1'}.get(name, 'record 1')
-  assert f'{name} {row}: the prompt is empty' in str(error.value)
+  assert f'{name} {row}, record {ROWS[1]["id"]}: the prompt is empty' in str(error.value)
 
 
 def test_records_survive_the_array_record_writer(tmp_path):
