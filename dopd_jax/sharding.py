@@ -117,6 +117,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def row_shards() -> int:
+  """How many devices split the rows of a batch, under `jax.set_mesh`; 1 without a mesh."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return sizes.get('data', 1) * sizes.get('fsdp', 1)
+
+
 def constrain_rows(x: jax.Array) -> jax.Array:
   """Keeps activations [B, ...] split by rows inside jit, under `jax.set_mesh`; else does nothing.
 

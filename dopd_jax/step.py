@@ -25,6 +25,14 @@ from dopd_jax import heads
 from dopd_jax.config import micro_batches
 from dopd_jax.losses import pairing, rules
 from dopd_jax.losses.head import Part, Rows, Setting, TokenView
+from dopd_jax.microbatches import (
+  at_width,
+  count_rows,
+  deal,
+  gather,
+  over_micro_batches,
+  over_rows_by_length,
+)
 from dopd_jax.models import Model
 from dopd_jax.objectives import Objective, Plan, Seen, Signals, View, make_plan
 from dopd_jax.state import TrainState
@@ -146,21 +154,23 @@ def make_steps(
     if images is None:
       return None
     assert model.see is not None, 'images are for a model that sees'
-    b, see = _rows(images), functools.partial(model.see, params)
+    b, see = count_rows(images), functools.partial(model.see, params)
     passes = math.gcd(micro_batches(rows, microbatch), b)
-    features = _gather(lax.map(see, _deal(images, passes)), passes)
+    features = gather(lax.map(see, deal(images, passes)), passes)
     return jax.tree.map(lambda x: jnp.repeat(x, rows // b, axis=0), features)
 
-  def trunk(model: Model, params: Any, prompt: Prompt, tokens, mask, features):
+  def trunk(model: Model, params: Any, prompt: Prompt, tokens, mask, features, width=None):
+    """Hidden states of the completion; of packed rows only the first `width` columns are read."""
+    N = tokens.shape[1]
     ids, valid = pairing.pack(prompt.tokens, prompt.length, tokens, mask)
     more = {}
     if prompt.positions is not None:
-      N = tokens.shape[1]
-      more['positions'] = pairing.pack_positions(prompt.positions, prompt.length, N)
+      positions = pairing.pack_positions(prompt.positions, prompt.length, N)
+      more['positions'] = positions[:, :width]
     if features is not None:
       more['features'] = features
-    hidden, _ = model.forward(params, ids, valid, **more)
-    return pairing.completion_rows(hidden, prompt.length, tokens.shape[1])
+    hidden, _ = model.forward(params, ids[:, :width], valid[:, :width], **more)
+    return pairing.completion_rows(hidden, prompt.length, N)
 
   def ask(model: Model):
     """(params, images, index, (prompt, tokens, mask)) -> hidden states and signals of the rows."""
@@ -168,16 +178,19 @@ def make_steps(
     @jax.jit
     def rows(params, images, index, batch):
       head = model.head(params)
-      batch = (*batch, look(model, params, images, _rows(batch)))
+      batch = (*batch, look(model, params, images, count_rows(batch)))
       if index is not None:
         batch = jax.tree.map(lambda x: x[index], batch)
 
       def micro(x):
-        hidden = trunk(model, params, *x)
-        _, tokens, mask, _ = x
+        prompt, tokens, mask, _ = x
+        read = lambda width: trunk(model, params, *x, width)
+        longest = jnp.max(pairing.packed_length(prompt.length, mask))
+        hidden = at_width(read, prompt.tokens.shape[1] + tokens.shape[1], longest)
         return hidden, heads.signals(setting, hidden, head, tokens, mask)
 
-      return _over_micro_batches(micro, batch, microbatch)
+      length = pairing.packed_length(batch[0].length, batch[2])
+      return over_rows_by_length(micro, batch, length, microbatch)
 
     return rows
 
@@ -206,7 +219,7 @@ def make_steps(
         found[name] = seen.loss
       return found
 
-    return _over_micro_batches(micro, (hidden, mine, at, zero, mask), microbatch)
+    return over_micro_batches(micro, (hidden, mine, at, zero, mask), microbatch)
 
   def parts_of(hidden, tables, mine, blend) -> tuple[Part, ...]:
     """Whose logits make a source: `blend` is the weight of each view in it."""
@@ -292,7 +305,7 @@ def make_steps(
       return heads.losses(setting, hidden, head, sources, rows)
 
     seen = look(student, state.params, own_images(batch), batch.tokens.shape[0])
-    return _over_micro_batches(rows, (*rows_of(batch, scored), seen), microbatch)
+    return over_micro_batches(rows, (*rows_of(batch, scored), seen), microbatch)
 
   def own_images(batch: Batch):
     return (batch.images or {}).get(objective.student.image)
@@ -315,13 +328,13 @@ def make_steps(
       loss = jnp.sum(jnp.where(for_head.coef != 0, for_head.coef * seen.loss, 0.0))
       return (grads, d_head, total + loss), (seen, norm, d_features)
 
-    n = micro_batches(_rows(rows), microbatch)
-    dealt = _deal((*rows, features), n)
+    n = micro_batches(count_rows(rows), microbatch)
+    dealt = deal((*rows, features), n)
     source_hidden, mine, for_head = jax.tree.map(lambda x: x[0], dealt[1])
     d_head = heads.zeros(head, sources_of(source_hidden, tables, mine), for_head.live)
     start = (jax.tree.map(jnp.zeros_like, state.params), d_head, jnp.float32(0.0))
     (grads, d_head, loss), seen = lax.scan(micro, start, dealt)
-    token, head_grad, d_features = _gather(seen, n)
+    token, head_grad, d_features = gather(seen, n)
     for more in (head_vjp(heads.total(d_head, head))[0], see_vjp(d_features)[0]):
       grads = jax.tree.map(jnp.add, grads, more)
 
@@ -343,14 +356,14 @@ def make_steps(
     else:
       # Each share of the rows stands for the whole batch, so its coefficients grow n-fold.
       plan = scored.plan._replace(coef=n * scored.plan.coef)
-      shares = _deal(rows_of(batch, scored._replace(plan=plan)), n)
+      shares = deal(rows_of(batch, scored._replace(plan=plan)), n)
 
       def share(state, x):
-        mine = lambda p: jax.tree.map(lambda f: f[x[0]], _deal(see(p), n))
+        mine = lambda p: jax.tree.map(lambda f: f[x[0]], deal(see(p), n))
         return update_once(state, x[1], tables, mine)
 
       new, each = lax.scan(share, state, (jnp.arange(n), shares))
-      whole = _gather((each.row_finite, each.token, each.head_grad), n)
+      whole = gather((each.row_finite, each.token, each.head_grad), n)
       loss, grad_norm = jnp.mean(each.loss), jnp.mean(each.grad_norm)
       updated = Updated(loss, grad_norm, whole[0], jnp.all(each.ok), *whole[1:])
     return new._replace(step=state.step + updated.ok.astype(jnp.int32)), updated
@@ -372,26 +385,6 @@ def make_steps(
   return Steps(score, update, measure)
 
 
-def _rows(tree: Any) -> int:
-  return jax.tree.leaves(tree)[0].shape[0]
-
-
 def _spread(x: Array, index: Int[Array, 'b'], rows: int) -> Array:
   """[b, ...] to the rows `index` of zeros [rows, ...]; an index past the end is left out."""
   return jnp.zeros((rows, *x.shape[1:]), x.dtype).at[index].set(x, mode='drop')
-
-
-def _deal(tree: Any, n: int) -> Any:
-  """[B, ...] -> [n, B/n, ...]: row r goes to micro-batch r mod n."""
-  return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), tree)
-
-
-def _gather(tree: Any, n: int) -> Any:
-  """The inverse of `_deal`."""
-  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(n * x.shape[1], *x.shape[2:]), tree)
-
-
-def _over_micro_batches(fn: Callable, batch: Any, microbatch: int) -> Any:
-  """`fn` over micro-batches of rows, one after the other."""
-  n = micro_batches(_rows(batch), microbatch)
-  return _gather(lax.map(fn, _deal(batch, n)), n)

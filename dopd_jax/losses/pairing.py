@@ -30,12 +30,16 @@ def pack(
   P, N = prompt.shape[1], completion.shape[1]
   t_T = jnp.arange(P + N)[None, :]
   j_T = t_T - prompt_len[:, None]  # completion position that column t holds
-  total = prompt_len + jnp.sum(mask, axis=1, dtype=prompt_len.dtype)
-  valid = t_T < total[:, None]
+  valid = t_T < packed_length(prompt_len, mask)[:, None]
   from_prompt = jnp.pad(prompt, ((0, 0), (0, N)))
   from_completion = jnp.take_along_axis(completion, jnp.clip(j_T, 0, N - 1), axis=1)
   ids = jnp.where(j_T < 0, from_prompt, from_completion)
   return jnp.where(valid, ids, 0), valid
+
+
+def packed_length(prompt_len: Int[Array, 'B'], mask: Bool[Array, 'B N']) -> Int[Array, 'B']:
+  """Tokens of each packed row: its prompt and the real part of its completion."""
+  return prompt_len + jnp.sum(mask, axis=1, dtype=prompt_len.dtype)
 
 
 def pack_positions(
@@ -67,9 +71,9 @@ def completion_rows(
   """The hidden states that predict the completion: rows `prompt_len - 1 + j`, j < N.
 
   Args:
-    hidden: [B, T, D] of packed rows.
+    hidden: [B, T, D] of packed rows, or of their first columns: what lies behind those is 0.
     prompt_len: [B] tokens of each prompt, at least 1.
-    N: completion length (columns); `prompt_len - 1 + N <= T` for packed rows.
+    N: completion length (columns).
   """
   rows = prompt_len[:, None] - 1 + jnp.arange(N)[None, :]
-  return jnp.take_along_axis(hidden, rows[:, :, None], axis=1)
+  return jnp.take_along_axis(hidden, rows[:, :, None], axis=1, mode='fill', fill_value=0)

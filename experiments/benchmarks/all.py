@@ -36,6 +36,8 @@ RUNS = {
     'step': ('step', [], 'trl trl_opd.py'),
     'step_opd_hint': ('step', ['--hint=32'], ''),
     'step_dopd_hint': ('step', ['--method=dopd', '--hint=32'], ''),
+    'score': ('score', [], ''),
+    'attention': ('attention', [], ''),
   },
   'gpu': {
     f'{name}_{size}': (module, ['--dtype=bfloat16', *more], '')
@@ -47,6 +49,7 @@ RUNS = {
                               '--batch=64', '--new=512']),
       ('step', 'step', ['--vocab=151936', f'--layers={layers},{layers}',
                         f'--widths={student},2048', '--new=512']),
+      ('attention', 'attention', ['--others=xla,cudnn', '--rows=8', '--tokens=4096']),
     )
   },
   'smoke': {
@@ -54,6 +57,8 @@ RUNS = {
     'head_dense': ('head', [*SMALL, '--dense'], ''),
     'sampler': ('sampler', ['--runs=1', '--new=16'], ''),
     'step': ('step', ['--steps=4', '--new=8', '--batch=8', '--layers=1,1', '--widths=128,128'], ''),
+    'score': ('score', ['--runs=1', '--rows=8', '--new=160', '--median=60', '--microbatch=4'], ''),
+    'attention': ('attention', ['--runs=1', '--tokens=64'], ''),
   },
 }  # fmt: skip
 
