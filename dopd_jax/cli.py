@@ -36,6 +36,19 @@ def config_of(holder) -> configs.Config:
     raise UserError(f'--config could not be read: {lines[-1]}') from error
 
 
+def keep_compilations() -> None:
+  """Lets jax keep what it compiles in the user's cache, unless JAX_COMPILATION_CACHE_DIR is set.
+
+  Not where several CPU devices work together: XLA:CPU (jaxlib 0.10.2) forgets in which order the
+  collectives of a program run when it reads it back, so that shards meet in the wrong ones. That
+  ends in crashes, or in wrong sums.
+  """
+  if jax.default_backend() == 'cpu' and jax.device_count() > 1:
+    jax.config.update('jax_enable_compilation_cache', False)
+  elif 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str(CACHE / 'xla'))
+
+
 def _parse(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
@@ -53,9 +66,8 @@ def _parse(argv: list[str]) -> list[str]:
 def _guarded(main: Callable[[], None]) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   logging.get_absl_handler().addFilter(_ours_or_serious)
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    jax.config.update('jax_compilation_cache_dir', str(CACHE / 'xla'))
   try:
+    keep_compilations()
     main()
   except UserError as error:
     _fail(str(error), disk=any(_is_disk(e) for e in _chain(error)))

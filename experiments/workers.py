@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
@@ -180,8 +179,7 @@ def _work(pipe: Any, out: pathlib.Path, runs: pathlib.Path, commit: str) -> None
   """What a worker does."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which ends its own
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    jax.config.update('jax_compilation_cache_dir', str(cli.CACHE / 'xla'))
+  cli.keep_compilations()
   with contextlib.suppress(EOFError, ConnectionError):  # no more runs, or the command is gone
     while True:
       run = pipe.recv()

@@ -3,6 +3,7 @@
 import os
 
 import jax
+from jax._src import cache_key, compiler
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach for a hub
 jax.config.update('jax_platforms', 'cpu')
@@ -10,9 +11,28 @@ jax.config.update('jax_num_cpu_devices', 8)
 # Tests compile far more than they compute. Commands under test run in processes of their own,
 # optimised.
 jax.config.update('jax_disable_most_optimizations', True)
-# What one test compiled, the next does not: runs of the trainer share most of their programs.
-jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/dopd_jax/tests'))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def _compile_once() -> None:
+  """What one test compiled, the next does not: runs of the trainer share most of their programs.
+
+  jax's own cache is no help here. It reads programs back from files, and XLA:CPU (jaxlib 0.10.2)
+  then forgets in which order a program's collectives run, so that shards meet in the wrong ones.
+  """
+  compiled, compile_one = {}, compiler.compile_or_get_cached
+
+  def compile_or_reuse(backend, module, devices, options, callbacks, *rest, **more):
+    if callbacks:
+      return compile_one(backend, module, devices, options, callbacks, *rest, **more)
+    key = cache_key.get(module, devices, options, backend)
+    if key not in compiled:
+      compiled[key] = compile_one(backend, module, devices, options, callbacks, *rest, **more)
+    return compiled[key]
+
+  compiler.compile_or_get_cached = compile_or_reuse
+
+
+_compile_once()
 
 try:
   from absl import flags
