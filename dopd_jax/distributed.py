@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
 import urllib.error
 import urllib.request
@@ -273,4 +274,6 @@ def ending_together() -> Iterator[None]:
       traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    if jax.process_index() == 0:  # jax aborts the others with it, who may have made the same mistake
+      time.sleep(2)
     os._exit(code if isinstance(code, int) else 1)
