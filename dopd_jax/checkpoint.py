@@ -76,9 +76,10 @@ class Checkpoints:
     self.wait()
     path = self._path(step)
     try:
-      if path.exists():
-        path.rmtree()
-      path.mkdir(parents=True)
+      if jax.process_index() == 0:  # Orbax waits for it before any process writes
+        if path.exists():
+          path.rmtree()
+        path.mkdir(parents=True)
       responses = [ocp.save_async(path / 'state', state)]
       if rollout is not None:
         responses.append(ocp.save_async(path / 'rollout', rollout))
@@ -107,6 +108,18 @@ class Checkpoints:
       UserError: a file is missing or changed since it was saved, or the state is another model's.
     """
     path = self._path(step)
+    if jax.process_index() == 0:  # one reading of all files is enough
+      self._check_files(path)
+    try:
+      state = ocp.load(path / 'state', like)
+    except ValueError as error:
+      raise UserError(
+        f'checkpoint {path} belongs to another model ({str(error).splitlines()[0][:200]}): use '
+        'another workdir'
+      ) from error
+    return state, json.loads((path / 'run.json').read_text())
+
+  def _check_files(self, path: epath.Path) -> None:
     try:
       manifest = json.loads((path / 'manifest.json').read_text())
     except json.JSONDecodeError as error:
@@ -121,14 +134,6 @@ class Checkpoints:
           f'checkpoint {path} is damaged ({name} is missing or has another hash): delete that '
           'directory to go on from the one before'
         )
-    try:
-      state = ocp.load(path / 'state', like)
-    except ValueError as error:
-      raise UserError(
-        f'checkpoint {path} belongs to another model ({str(error).splitlines()[0][:200]}): use '
-        'another workdir'
-      ) from error
-    return state, json.loads((path / 'run.json').read_text())
 
   def restore_rollout(self, step: int, like: Any) -> Any:
     """The `rollout` of that save, or None. `restore` comes first: it checks the files."""

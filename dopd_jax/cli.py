@@ -12,6 +12,7 @@ import jax
 from absl import app, flags, logging
 
 from dopd_jax import config as configs
+from dopd_jax import distributed
 from dopd_jax.errors import Stopped, UserError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -19,9 +20,19 @@ PACKAGE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'dopd_jax'
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses the flags, runs `main`, and exits: 0 done, 2 for a `UserError`, 130 for an interrupt."""
-  app.run(lambda _: _guarded(main), flags_parser=_parse)
+def run(main: Callable[[], None], several: bool = False) -> None:
+  """Parses the flags, runs `main`, and exits: 0 done, 2 for a `UserError`, 130 for an interrupt.
+
+  Args:
+    main: the command.
+    several: whether it can run on several processes.
+  """
+
+  def together(_):
+    with distributed.ending_together():
+      _guarded(main, several)
+
+  app.run(together, flags_parser=_parse)
 
 
 def config_of(holder) -> configs.Config:
@@ -63,10 +74,11 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(f'bad --config override: {_sentence(error)}')
 
 
-def _guarded(main: Callable[[], None]) -> None:
+def _guarded(main: Callable[[], None], several: bool) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   logging.get_absl_handler().addFilter(_ours_or_serious)
   try:
+    distributed.start(several)
     keep_compilations()
     main()
   except UserError as error:
@@ -85,6 +97,15 @@ def _guarded(main: Callable[[], None]) -> None:
     )
   except KeyboardInterrupt:
     sys.exit(130)
+  except Exception as error:
+    if not distributed.lost(error):
+      raise
+    print(
+      f'stopped: another process of this run is gone ({_sentence(error)[:99]}): see its own log, '
+      'then start all of them again; the same command goes on from the last checkpoint',
+      file=sys.stderr,
+    )
+    sys.exit(1)
 
 
 def _ours_or_serious(record) -> bool:

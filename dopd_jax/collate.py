@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
 
 from dopd_jax import sharding, sight
 from dopd_jax.data import Example, Renderer, pad_batch
@@ -22,6 +22,7 @@ def prompts(
   fill: int = 0,
   seen: Sight | None = None,
   renderer: Renderer | None = None,
+  room: int = 0,
 ) -> dict[str, Prompt]:
   """The prompts of a batch in each rendering, right-padded to a multiple of `bucket`, on the host.
 
@@ -33,13 +34,14 @@ def prompts(
     fill: rows of the result; those past b are empty (length 0).
     seen: how the policies see, where they do.
     renderer: for renderings that the examples do not carry.
+    room: tokens to pad to at least.
   """
   result = {}
   for name in names:
     rows = sight.ids(examples, name, seen, renderer)
     rows += [[]] * (fill - len(rows))
-    P = bucket_length(max(map(len, rows)), bucket)
-    tokens, valid = _padded(rows, P, pad_id)
+    length = bucket_length(max(room, *map(len, rows)), bucket)
+    tokens, valid = _padded(rows, length, pad_id)
     positions = sight.positions(examples, name, tokens, valid, seen)
     result[name] = Prompt(tokens, valid.sum(1).astype(np.int32), positions)
   return result
@@ -71,39 +73,47 @@ def choose_context(
     return by_context
   coin = [np.random.default_rng([seed, e.draw]).random() < share for e in examples]
   plain, privileged = by_context['plain'], by_context['privileged']
-  P = max(plain.tokens.shape[1], privileged.tokens.shape[1])
+  length = max(plain.tokens.shape[1], privileged.tokens.shape[1])
 
   def choose(a: Any, b: Any) -> Any:
     if a is None:
       return None
     if a.ndim > 1:
-      a, b = (np.pad(x, ((0, 0), (0, P - x.shape[1]), *((0, 0),) * (x.ndim - 2))) for x in (a, b))
+      a, b = (
+        np.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2))) for x in (a, b)
+      )
     return np.where(np.reshape(coin, (-1, *(1,) * (a.ndim - 1))), a, b)
 
   return {'plain': Prompt(*map(choose, privileged, plain))}
 
 
 def put(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Arrays [b, ...] of this process as global arrays with their rows split over the mesh."""
+  """Arrays [B, ...] as global arrays with their rows split over the mesh.
+
+  Each process holds arrays of all rows, and need know its own alone: no others are read.
+  """
   rows = sharding.rows(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, rows, lambda part: x[part]), tree
+  )
 
 
-def mine(tree: Any) -> Any:
-  """The rows of this process, as NumPy, of global arrays whose rows are split over the mesh."""
+def mine(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """`sharding.own_rows` of global arrays [B, ...], as NumPy."""
 
   def one(x):
     parts = {s.index[0].start or 0: s.data for s in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(one, jax.device_put(tree, sharding.rows(mesh)))
 
 
 def fetch(tree: Any) -> Any:
-  """Global arrays as NumPy, whole, on every process."""
-  if jax.process_count() == 1:
-    return jax.device_get(tree)
-  return multihost_utils.process_allgather(tree, tiled=True)
+  """Global arrays as NumPy, whole, on every process; all must ask, under `jax.set_mesh`."""
+  return jax.device_get(_whole(tree) if jax.process_count() > 1 else tree)
+
+
+_whole = jax.jit(lambda tree: tree, out_shardings=P())
 
 
 def _padded(rows: Sequence[Sequence[Any]], length: int, pad_id: int) -> tuple[Any, Any]:

@@ -30,7 +30,7 @@ _COIN = 2**31  # folded into the run's key beside steps, which are smaller
 
 
 class Collected(NamedTuple):
-  """A rollout batch; `examples` has one for each row."""
+  """A rollout batch; `examples` has one for each row, of all processes."""
 
   examples: list[Example]
   rollout: Rollout
@@ -69,12 +69,12 @@ def make_collect(config: Config, pair: Pair, objective: Objective, mesh: Any) ->
   renderer = dataset.renderer(config, pair)
   given_prompts = sorted(objective.prompts - {'sibling'})
 
-  def prompts(examples, names):
+  def prompts(examples, names, room=0):
     bucket, pad_id = config.data.prompt_bucket, pair.pad_id
-    return collate.prompts(examples, names, bucket, pad_id, 0, pair.sight, renderer)
+    return collate.prompts(examples, names, bucket, pad_id, 0, pair.sight, renderer, room)
 
   def look(examples):
-    return collate.put(sight.images(examples, objective.images, pair.sight), mesh)
+    return collate.put(sight.images(examples, objective.images, pair.sight, mesh), mesh)
 
   def batch_of(rows, by_context, images, rollout, supervised=None, reward: Any = None):
     several = pair.given.get('teacher', {})
@@ -120,14 +120,21 @@ def make_collect(config: Config, pair: Pair, objective: Objective, mesh: Any) ->
     if not objective.rewards:
       return Collected(rows, rollout, batch_of(rows, by_context, images, rollout), True)
 
-    tokens, mask = collate.mine((rollout.tokens, rollout.mask))
-    texts = evaluation.decode(pair.tokenizer, tokens, mask)
-    reward = evaluation.rewards(rows, texts).astype(np.float32)
+    own, texts, judged = evaluation.own_rewards(
+      pair.tokenizer, rows, rollout.tokens, rollout.mask, mesh
+    )
+    reward, known = np.full(len(rows), np.nan, np.float32), [''] * len(rows)
+    reward[own] = judged
+    for row, text in zip(own, texts):
+      known[row] = text
     supervised = rollout.mask
     if 'sibling' in objective.contexts:
-      hinted, has = with_siblings(rows, texts, reward >= objective.right_at, r.samples)
-      hinted, has = rendered(renderer, hinted, has, policies.longest_prompt(config, objective))
-      by_context['sibling'] = prompts(hinted, ['privileged'])['privileged']
+      limit = policies.longest_prompt(config, objective)
+      hinted, has = with_siblings(rows, known, reward >= objective.right_at, r.samples)
+      hinted, has = rendered(renderer, hinted, has, limit)
+      # No process knows how long the hints of the others are.
+      room = limit if jax.process_count() > 1 else 0
+      by_context['sibling'] = prompts(hinted, ['privileged'], room)['privileged']
       supervised &= collate.put(has, mesh)[:, None]
     batch = batch_of(rows, by_context, images, rollout, supervised, reward)
     return Collected(rows, rollout, batch, True)

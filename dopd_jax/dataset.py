@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
-
 from dopd_jax import sight, tasks, teachers
 from dopd_jax.config import Config
 from dopd_jax.data import (
@@ -47,8 +45,6 @@ def open_pipeline(config: Config, pair: Pair, objective: Objective) -> Pipeline:
     loaders=LOADERS,
     privileged_kind=data.privileged_kind,
     box_format=data.box_format,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
   )
   if pipeline.length is not None and pipeline.length < config.steps:
     raise UserError(

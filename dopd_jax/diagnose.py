@@ -147,7 +147,7 @@ def _with_ids(example: Example, live: int) -> Example:
 
 def complete(config: Config, pair: policies.Pair, mesh, examples, by_context):
   """The batch with the given completions, or with sampled ones; and why each row ended."""
-  images = collate.put(sight.images(examples, ['full'], pair.sight), mesh)
+  images = collate.put(sight.images(examples, ['full'], pair.sight, mesh), mesh)
   N = config.rollout.max_new_tokens
   if examples[0].completion_ids is not None:
     rollout, _ = collate.fixed_completions(examples, N, pair.pad_id)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
-from dopd_jax import collate, report, sight, tasks
+from dopd_jax import collate, report, sharding, sight, tasks
 from dopd_jax.data import Example
 from dopd_jax.models import Model
 from dopd_jax.policies import Pair
@@ -25,6 +25,33 @@ def rewards(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
     ],
     np.float64,
   )
+
+
+def own_rewards(
+  tokenizer: Any, examples: Sequence[Example], tokens: Any, mask: Any, mesh: jax.sharding.Mesh
+) -> tuple[np.ndarray, list[str], np.ndarray]:
+  """Judges the completions that this process holds: which rows these are, their texts and rewards.
+
+  Args:
+    tokenizer: reads the completions.
+    examples: at most B, one a row; rows past them are left out.
+    tokens: [B, N], global.
+    mask: [B, N], global.
+    mesh: where rows lie.
+  """
+  own = sharding.own_rows(mesh, len(mask))
+  own = own[own < len(examples)]
+  texts = decode(tokenizer, *(x[: len(own)] for x in collate.mine((tokens, mask), mesh)))
+  return own, texts, rewards([examples[row] for row in own], texts)
+
+
+def whole(values: np.ndarray, own: np.ndarray, count: int, mesh: jax.sharding.Mesh) -> np.ndarray:
+  """[count] from what each process knows of its `own` rows; NaN where nobody does."""
+  result = np.full(count, np.nan)
+  result[own] = values
+  if jax.process_count() == 1:
+    return result
+  return collate.fetch(collate.put(result.astype(np.float32), mesh)).astype(np.float64)
 
 
 def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
@@ -91,16 +118,12 @@ class Judge:
       chunk = self.examples[i : i + self.rows]
       pad_id, seen = self.pair.pad_id, self.pair.sight
       prompts = collate.prompts(chunk, ['plain'], self.bucket, pad_id, self.rows, seen)
-      images = (sight.images(chunk, ['full'], seen, self.rows) or {}).get('full')
+      images = (sight.images(chunk, ['full'], seen, self.mesh, self.rows) or {}).get('full')
       index = np.resize(np.array([e.index for e in chunk], np.uint32), self.rows)
-      # Every process holds the whole chunk and hands in its own rows.
-      share = self.rows // jax.process_count()
-      mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-      local = jax.tree.map(lambda x, mine=mine: x[mine], (prompts['plain'], index, images))
-      prompt, index, images = collate.put(local, self.mesh)
-      out = collate.fetch(generate(params, prompt, key, index, images))
-      texts = decode(self.pair.tokenizer, out.tokens, out.mask)[: len(chunk)]
-      right += rewards(chunk, texts).sum()
+      prompt, index, images = collate.put((prompts['plain'], index, images), self.mesh)
+      out = generate(params, prompt, key, index, images)
+      own, _, judged = own_rewards(self.pair.tokenizer, chunk, out.tokens, out.mask, self.mesh)
+      right += whole(judged, own, self.rows, self.mesh)[: len(chunk)].sum()
       progress.advance(task, len(chunk))
     progress.remove_task(task)
     n = len(self.examples)

@@ -5,7 +5,6 @@ python -m dopd_jax.export --workdir=runs/quickstart --out=student
 
 import os
 
-import jax
 from absl import flags, logging
 
 from dopd_jax import checkpoint, cli, models, policies, sharding, workdirs
@@ -48,10 +47,9 @@ def export(workdir: str, out: str, which: str = 'last') -> int:
   tx = states.optimizer(config.optimizer, config.steps, objective.updates, config.freeze)
   like = states.place(states.create(pair.student.params, tx, objective), mesh)
   state, _ = saves.restore(step, states.abstract(like))
-  if jax.process_index() == 0:
-    models.save(out, pair.student.model.config, state.params, tokenizer=pair.tokenizer)
-    if pair.sight:
-      pair.sight.inputs.processor.save(out)
+  models.save(out, pair.student.model.config, state.params, tokenizer=pair.tokenizer)
+  if pair.sight:
+    pair.sight.inputs.processor.save(out)
   logging.info('Wrote step %d of %s to %s', step, workdir, out)
   return step
 

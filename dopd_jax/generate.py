@@ -82,7 +82,7 @@ def generate(
       prompt = collate.prompts(
         chunk, ['plain'], config.data.prompt_bucket, pair.pad_id, rows, pair.sight
       )
-      images = (sight.images(chunk, ['full'], pair.sight, rows) or {}).get('full')
+      images = (sight.images(chunk, ['full'], pair.sight, mesh, rows) or {}).get('full')
       index = np.resize(np.array([e.index for e in chunk], np.uint32), rows)
       prompt, index, images = collate.put((prompt['plain'], index, images), mesh)
       rollout = collate.fetch(step(pair.student.params, prompt, key, index, images))

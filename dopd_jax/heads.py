@@ -1,8 +1,9 @@
 """The fused head of `losses.head` on the rows of a batch [b, N], split over the mesh as they are.
 
-Under `jax.set_mesh` every device takes its own rows and, where `tensor` divides the vocabulary, its
-own columns. The gradient of the head stays in parts, one for each device that has rows of its own,
-until all micro-batches are done: `zeros`, then `grads` as often as needed, then `total`.
+Under `jax.set_mesh`, with axes of type Auto or Explicit, every device takes its own rows and, where
+`tensor` divides the vocabulary, its own columns. The gradient of the head stays in parts, one for
+each device that has rows of its own, until all micro-batches are done: `zeros`, then `grads` as
+often as needed, then `total`.
 """
 
 import math
@@ -65,7 +66,9 @@ def zeros(head: Float[Array, 'V D'], sources: Sources, rows: Any) -> Float[Array
   head, _ = _one_width(head, sources)
   split = _Split(rows, head)
   start = jnp.zeros((split.devices, *head.shape), jnp.float32)
-  return jax.lax.with_sharding_constraint(start, split.partial) if split.mesh else start
+  if split.mesh and not split.explicit:
+    start = jax.lax.with_sharding_constraint(start, split.partial)
+  return start  # between Explicit axes `grads` lays it out
 
 
 def grads(
@@ -103,7 +106,9 @@ class _Split:
 
   def __init__(self, rows: Any, head: Any):
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = dict(mesh.shape) if set(AXES) <= set(mesh.auto_axes) else {}
+    ours = set(AXES) <= {*mesh.auto_axes, *mesh.explicit_axes}
+    sizes = dict(mesh.shape) if ours else {}
+    self.explicit = bool(mesh.explicit_axes)
     self.devices = math.prod(sizes.get(axis, 1) for axis in ROWS[0])
     self.mesh = bool(sizes) and rows.shape[0] % self.devices == 0
     if not self.mesh:
@@ -125,7 +130,18 @@ class _Split:
     fn = lambda *args: local(setting._replace(axis=self.axis), *args)
     if not self.mesh:
       return fn
-    return jax.shard_map(fn, in_specs=specs, out_specs=out, check_vma=False)
+    run = jax.shard_map(fn, in_specs=specs, out_specs=out, check_vma=False)
+    return lambda *args: run(*self.placed(args, specs))
+
+  def placed(self, args: Any, specs: Any) -> Any:
+    """Arguments where the specs say: between axes of type Explicit nothing moves by itself."""
+    if not self.explicit:
+      return args
+    return jax.sharding.reshard(args, jax.tree.broadcast(specs, args, is_leaf=_is_spec))
+
+
+def _is_spec(x: Any) -> bool:
+  return isinstance(x, P)
 
 
 def _one_width(head: Array, sources: Sources) -> tuple[Array, Sources]:

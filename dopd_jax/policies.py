@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,7 +196,13 @@ def locate(policy: Policy) -> Path:
 
     logging.info('Converting %s to %s, once.', path, directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    gguf.convert(path, directory)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix='.') as own:
+      gguf.convert(path, os.path.join(own, 'model'))
+      try:
+        os.rename(os.path.join(own, 'model'), directory)
+      except OSError:
+        if not directory.exists():  # another process was first
+          raise
   return directory
 
 

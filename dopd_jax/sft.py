@@ -26,4 +26,4 @@ def main() -> None:
 if __name__ == '__main__':
   _CONFIG = config_flags.DEFINE_config_file('config', None, 'What to run.')
   flags.DEFINE_string('workdir', 'runs/sft', 'Where the run lives; it goes on from there.')
-  cli.run(main)
+  cli.run(main, several=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -110,6 +111,18 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 def rows(mesh: Mesh) -> NamedSharding:
   """For arrays [B, ...]: rows split over data and fsdp, which must divide B."""
   return NamedSharding(mesh, ROWS)
+
+
+def own_rows(mesh: Mesh, count: int) -> np.ndarray:
+  """Which of `count` rows lie on the devices of this process, ascending; [b] int.
+
+  Together the processes hold every row. Two of them hold the same where `tensor` spans both.
+  """
+  held = rows(mesh).addressable_devices_indices_map((count,)).values()
+  mine = np.zeros(count, bool)
+  for part in held:
+    mine[part] = True
+  return np.flatnonzero(mine)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

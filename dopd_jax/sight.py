@@ -3,9 +3,10 @@
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from dopd_jax import models
+from dopd_jax import models, sharding
 from dopd_jax.data import (
   Example,
   ImageInputs,
@@ -76,19 +77,27 @@ def positions(
 
 
 def images(
-  examples: Sequence[Example], views: Collection[str], sight: Sight | None, fill: int = 0
+  examples: Sequence[Example],
+  views: Collection[str],
+  sight: Sight | None,
+  mesh: jax.sharding.Mesh,
+  fill: int = 0,
 ) -> dict[str, Any] | None:
   """`models.Images` [b, ...] on the host, by view; None where no record has an image.
 
-  Rows past the examples, up to `fill`, show nothing.
+  Rows past the examples, up to `fill`, show nothing; nor do those that other processes hold, whose
+  images are not read.
   """
   if sight is None or not any(e.images for e in examples):
     return None
-  found = {}
+  found, processor = {}, sight.inputs.processor
+  count = max(fill, len(examples))
+  own = [row for row in sharding.own_rows(mesh, count) if row < len(examples)]
   for view in sorted(views):
-    rows: list[Any] = [example_images(e, sight.inputs.processor, view) for e in examples]
-    rows += [([], [])] * (fill - len(rows))
-    I, P = image_buckets([grids for _, grids in rows], sight.bucket)
-    arrays: Any = pad_images(rows, I, P)  # they become arrays in `collate.put`
+    rows: list[Any] = [([], [])] * count
+    for row in own:
+      rows[row] = example_images(examples[row], processor, view)
+    I, P = image_buckets([view_grids(e, processor, view) for e in examples], sight.bucket)
+    arrays: Any = pad_images(rows, I, P, processor.channels)  # they become arrays in `collate.put`
     found[view] = models.Images(*arrays)
   return found

@@ -14,6 +14,7 @@ Read `train` from top to bottom:
 """
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -22,14 +23,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags, logging
+from jax.sharding import Mesh
 from ml_collections import config_flags
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from dopd_jax import (
   checkpoint,
   cli,
   collate,
   dataset,
+  distributed,
   evaluation,
   metrics,
   policies,
@@ -40,6 +44,7 @@ from dopd_jax import (
   token_records,
   workdirs,
 )
+from dopd_jax import config as configs
 from dopd_jax import state as states
 from dopd_jax.collect import Ahead, Collected, make_collect
 from dopd_jax.config import Config
@@ -48,7 +53,7 @@ from dopd_jax.errors import Stopped
 from dopd_jax.objectives import Objective
 from dopd_jax.policies import Pair
 from dopd_jax.rollout import Sampling, StopReason
-from dopd_jax.step import Scored, Steps, Updated, make_steps
+from dopd_jax.step import Batch, Scored, Steps, Updated, make_steps
 
 FLAGS = flags.FLAGS
 
@@ -70,10 +75,11 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     UserError: something that the user must change.
     Stopped: a loss or a gradient was not finite.
   """
-  console = console or Console()
+  console = console or Console(quiet=jax.process_index() > 0)
   objective = config.objective.build()
 
   # ------------------------------------------------------------------ workdir
+  distributed.check_same('settings', f'{configs.to_json(config)} {os.path.abspath(workdir)}')
   workdirs.check(workdir, config)
   saves = checkpoint.Checkpoints(
     os.path.join(workdir, 'checkpoints'),
@@ -94,6 +100,8 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     # ---------------------------------------------------------------- data
     pipeline = dataset.open_pipeline(config, pair, objective)
     held_out = dataset.open_held_out(config, pair)
+    seen = [pipeline.get_state(), *(e.prompt_ids for e in held_out)]
+    distributed.check_same('data', json.dumps(seen))
 
     # ---------------------------------------------------------------- steps
     tx = states.optimizer(config.optimizer, config.steps, objective.updates, config.freeze)
@@ -106,9 +114,8 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     look_inside = probe.make_probe(config, pair, objective, steps)
 
     # ---------------------------------------------------------------- resume
-    done, last = 0, {}
-    if saves.steps():
-      done = saves.steps()[-1]
+    done, last = distributed.first(max(saves.steps(), default=0)), {}
+    if done:
       state, run = saves.restore(done, states.abstract(state))
       ahead.set_state(run, saves.restore_rollout(done, ahead.abstract), done)
       last = run['accuracy']
@@ -116,7 +123,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     workdirs.claim(workdir, config)
     writer = metrics.Writer(workdir, done, config.log.tensorboard)
     stack.callback(writer.close)
-    stop = stack.enter_context(workdirs.stop_signal())
+    stopped = stack.enter_context(workdirs.stop_signal())
     progress = stack.enter_context(metrics.bar(console))
     if not done:
       last = judge(state.params, progress, given)
@@ -126,6 +133,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     # ---------------------------------------------------------------- loop
     task = progress.add_task('train', total=config.steps, completed=done, rate='-')
     clock = Clock()
+    finished = lambda x: finish(config, objective, pair, mesh, x, clock, progress, task)
     pending: InFlight | None = None
     page: list[dict] = []
     for step in range(done + 1, config.steps + 1):
@@ -138,16 +146,16 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
       state, updated = steps.update(state, resident, collected.batch, scored)
 
       if pending is not None:  # one step late: the devices are already at the next one
-        writer.write(pending.step, finish(config, objective, pair, pending, clock, progress, task))
+        writer.write(pending.step, finished(pending))
       lag = ahead.lag(step) if collected.sampled else 0
       pending = InFlight(step, lag, collected, scored._replace(hidden={}), updated)
       del scored  # hidden states, which would lie beside the cache of the next rollout
 
-      end, stopping = step == config.steps, stop.is_set()
+      end, stopping = step == config.steps, stopped(step)
       look = end or bool(config.evaluation.every and step % config.evaluation.every == 0)
       save = end or stopping or step % config.checkpoint.every == 0
       if look or save:
-        values = finish(config, objective, pair, pending, clock, progress, task)
+        values = finished(pending)
         if look:
           last = judge(state.params, progress)
           values |= last | look_inside(state, given, resident, pending.collected.batch)
@@ -234,23 +242,37 @@ class Clock:
     return self._last - last
 
 
+def look_back(done: InFlight) -> tuple[Batch, Scored, Updated, np.ndarray]:
+  """What is known of a batch beside its prompts, and why each row ended, on the host."""
+  batch = done.collected.batch._replace(prompts={}, images=None, teacher_rows=None)
+  return collate.fetch((batch, done.scored, done.updated, done.collected.rollout.stop_reason))
+
+
+def rewards_of(pair: Pair, collected: Collected, mesh: Mesh) -> np.ndarray:
+  """[B], each judged by a process that holds the row; NaN for completions of the data."""
+  rollout, B = collected.rollout, len(collected.examples)
+  if not collected.sampled:
+    return np.full(B, np.nan)
+  own, _, judged = evaluation.own_rewards(
+    pair.tokenizer, collected.examples, rollout.tokens, rollout.mask, mesh
+  )
+  return evaluation.whole(judged, own, B, mesh)
+
+
 def finish(
-  config: Config, objective: Objective, pair: Pair, done: InFlight, clock: Clock, progress, task
+  config: Config,
+  objective: Objective,
+  pair: Pair,
+  mesh: Mesh,
+  done: InFlight,
+  clock: Clock,
+  progress: Progress,
+  task: TaskID,
 ) -> dict[str, float]:
   """Fetches the numbers of a batch, stops the run if one is not finite, and shows a line."""
   collected = done.collected
-  batch, scored, updated, stop_reason = collate.fetch(
-    (
-      collected.batch._replace(prompts={}, images=None, teacher_rows=None),
-      done.scored,
-      done.updated,
-      collected.rollout.stop_reason,
-    )
-  )
-  rewards = np.full(len(batch.mask), np.nan)
-  if collected.sampled and jax.process_count() == 1:
-    texts = evaluation.decode(pair.tokenizer, batch.tokens, batch.mask)
-    rewards = evaluation.rewards(collected.examples, texts)
+  batch, scored, updated, stop_reason = look_back(done)
+  rewards = rewards_of(pair, collected, mesh)
   if not updated.ok:
     bad = [e.record.id for e, fine in zip(collected.examples, updated.row_finite) if not fine]
     raise Stopped(
@@ -283,23 +305,22 @@ def finish(
 
 def show(pair: Pair, objective: Objective, done: InFlight, count: int) -> list[dict]:
   """The first completions of a batch as records of samples.html."""
-  collected = done.collected
-  batch, scored, token, stop_reason = jax.tree.map(
-    lambda x: x[:count] if x.ndim else x,
-    collate.fetch(
-      (
-        collected.batch._replace(prompts={}, images=None, teacher_rows=None),
-        done.scored,
-        done.updated.token,
-        collected.rollout.stop_reason,
-      )
-    ),
+  batch, scored, updated, stop_reason = jax.tree.map(
+    lambda x: x[:count] if x.ndim else x, look_back(done)
   )
-  examples = collected.examples[:count]
+  examples = done.collected.examples[:count]
   texts = evaluation.decode(pair.tokenizer, batch.tokens, batch.mask)
   rewards = evaluation.rewards(examples, texts)
   return token_records.describe(
-    pair.tokenizer, objective, examples, batch, scored, token, stop_reason, rewards, done.step
+    pair.tokenizer,
+    objective,
+    examples,
+    batch,
+    scored,
+    updated.token,
+    stop_reason,
+    rewards,
+    done.step,
   )
 
 
@@ -312,4 +333,4 @@ def main() -> None:
 if __name__ == '__main__':
   _CONFIG = config_flags.DEFINE_config_file('config', 'configs/quickstart.py', 'What to run.')
   flags.DEFINE_string('workdir', 'runs/default', 'Where the run lives; it goes on from there.')
-  cli.run(main)
+  cli.run(main, several=True)

@@ -6,12 +6,13 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import TextIO
 
 import jax
 from absl import logging
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from dopd_jax import __version__, report, samples
@@ -76,8 +77,6 @@ def read_config(workdir: str) -> Config:
 
 def check_rows(config: Config, objective: Objective, mesh: jax.sharding.Mesh) -> None:
   """Raises `UserError` unless the mesh divides the prompts and the rows of a micro-batch."""
-  if config.rollout.prompts_at_once and jax.process_count() > 1:
-    raise UserError('rollout.prompts_at_once works on one process only: set it to 0')
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   numbers = [
     ('rollout.prompts', config.rollout.prompts),
@@ -96,15 +95,21 @@ def check_rows(config: Config, objective: Objective, mesh: jax.sharding.Mesh) ->
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-  """An event that SIGTERM sets, so that the run saves and ends at its next step."""
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+  """Whether the run saves and ends at a step, since SIGTERM came; to be asked at every step.
+
+  Several processes end at the same step, wherever the signal came: jax catches it and agrees on it.
+  """
   event = threading.Event()
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
   if threading.current_thread() is not threading.main_thread():
-    yield event
+    yield lambda step: False
     return
   before = signal.signal(signal.SIGTERM, lambda *_: event.set())
   try:
-    yield event
+    yield lambda step: event.is_set()
   finally:
     signal.signal(signal.SIGTERM, before)
 

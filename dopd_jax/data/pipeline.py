@@ -163,10 +163,9 @@ class Pipeline(Iterator[list[Example]]):
   Args:
     stages: (examples, number of batches) pairs; None batches, for the last stage only, is without
       end.
-    batch_size: examples a global batch.
+    batch_size: examples a batch, of all processes together: each process has the whole list, and
+      makes arrays of its own rows.
     seed: of the order.
-    process_index: which slice of each batch this process gets.
-    process_count: number of processes; divides batch_size.
 
   Raises:
     UserError: an impossible number.
@@ -178,16 +177,9 @@ class Pipeline(Iterator[list[Example]]):
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
   ):
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-      raise UserError(
-        f'The batch of {batch_size} prompts must be a positive multiple of the {process_count} '
-        'processes.'
-      )
-    if not 0 <= process_index < process_count:
-      raise UserError(f'There is no process {process_index} of {process_count}.')
+    if batch_size < 1:
+      raise UserError(f'A batch has at least 1 prompt, not {batch_size}.')
     if not (isinstance(seed, int) and seed >= 0):
       raise UserError(f'The seed of the data order is a whole number from 0, not {seed!r}.')
     if not stages:
@@ -202,8 +194,6 @@ class Pipeline(Iterator[list[Example]]):
       _order(data.examples, seed, i, batch_size) for i, (data, _) in enumerate(stages)
     ]
     self._batch_size = batch_size
-    share = batch_size // process_count
-    self._mine = range(process_index * share, (process_index + 1) * share)
     self._fingerprint = _fingerprint(stages, batch_size, seed)
     self._taken = 0
 
@@ -235,14 +225,14 @@ class Pipeline(Iterator[list[Example]]):
     start = step * self._batch_size
     return [
       dataclasses.replace(
-        batch[row],
-        draw=batch[row].index + (start + row) // len(data.examples) * data.size,
+        example,
+        draw=example.index + (start + row) // len(data.examples) * data.size,
       )
-      for row in self._mine
+      for row, example in enumerate(batch)
     ]
 
   def get_state(self) -> dict[str, Any]:
-    """The position, as plain JSON; the same for every process and process count."""
+    """The position, as plain JSON; the same on every process."""
     return {'batches': self._taken, 'fingerprint': self._fingerprint}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
@@ -280,8 +270,6 @@ def make_pipeline(
   loaders: Mapping[str, Loader] | None = None,
   privileged_kind: str = 'column',
   box_format: str = 'absolute',
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> Pipeline:
   """Opens, tokenises and orders the sources of a curriculum: (source spec, number of batches)
   pairs.
@@ -311,8 +299,6 @@ def make_pipeline(
     [(tokenised[spec], steps) for spec, steps in stages],
     batch_size=batch_size,
     seed=seed,
-    process_index=process_index,
-    process_count=process_count,
   )
 
 

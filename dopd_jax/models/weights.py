@@ -154,14 +154,21 @@ def assemble(
     spread = where.get(slot.leaf)
     value = _read(slot, tensor).astype(dtype, copy=False)
     if slot.layer is None:
-      leaves[slot.leaf] = jax.device_put(value, spread)
+      leaves[slot.leaf] = _place(value, spread)
       continue
     if slot.layer == 0:
       leaves[slot.leaf] = jnp.zeros(shapes[slot.leaf].shape, dtype, device=spread)
     one = spread and jax.NamedSharding(spread.mesh, jax.P(*spread.spec[1:]))
-    value = jax.device_put(value, one)
+    value = _place(value, one)
     leaves[slot.leaf] = _set_layer(leaves[slot.leaf], value, np.int32(slot.layer), spread)
   return _nest(leaves)
+
+
+def _place(value: np.ndarray, spread: jax.sharding.Sharding | None) -> jax.Array:
+  """On several processes `device_put` would send the whole array around to compare it."""
+  if spread is None:
+    return jax.device_put(value)
+  return jax.make_array_from_callback(value.shape, spread, lambda part: value[part])
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
