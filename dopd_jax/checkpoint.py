@@ -6,7 +6,9 @@ r"""Checkpoints that lose nothing: Orbax writes arrays in the background, a mani
     checkpoints/00000040/manifest.json  SHA-256 of every file; written last
 
 A directory without a manifest is an unfinished save and is never read. An older checkpoint is
-deleted only after a newer one has its manifest, so a kill at any moment leaves one that loads.
+deleted only after a newer one has its manifest, so a kill at any moment leaves one that loads. One
+whose files are not those of its manifest is damaged: it is passed over, and counts as no checkpoint
+until a save of the same step takes its place.
 """
 
 import hashlib
@@ -22,6 +24,9 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from dopd_jax.errors import UserError
+
+# What reading JSON of another kind than ours raises; one that is no JSON is a ValueError.
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class Checkpoints:
@@ -41,13 +46,41 @@ class Checkpoints:
     self._keep, self._best, self._sign = keep, best, -1 if lower_is_better else 1
     self._thread: threading.Thread | None = None
     self._error: Exception | None = None
+    self._damaged: set[int] = set()  # found so by `newest`
+    self._whole: int | None = None  # the one whose files `newest` has compared
 
   def steps(self) -> list[int]:
-    """Steps of the finished checkpoints, oldest first."""
+    """Steps of the finished checkpoints, oldest first, without those found to be damaged."""
     if not self._root.exists():
       return []
-    done = (p for p in self._root.iterdir() if (p / 'manifest.json').exists())
-    return sorted(int(p.name) for p in done)
+    named = (p for p in self._root.iterdir() if p.name.isdecimal())
+    done = {int(p.name) for p in named if (p / 'manifest.json').exists()}
+    return sorted(done - self._damaged)
+
+  def newest(self) -> int | None:
+    """The newest checkpoint whose files are whole; None where no save was ever finished.
+
+    Those that are not are told in the log and passed over from now on. Nothing is written.
+
+    Raises:
+      UserError: there are checkpoints, and all of them are damaged.
+    """
+    told = ''
+    for step in reversed(self.steps()):
+      damage = self._damage(step)
+      if not damage:
+        if told:
+          logging.warning('%s: passed over, step %d is whole.', told, step)
+        self._whole = step
+        return step
+      self._damaged.add(step)
+      told = told or f'checkpoint {self._path(step)} is damaged ({damage})'
+    if told:
+      raise UserError(
+        f'{told}, and none before it is whole: restore it from a copy, or delete '
+        f'{self._root} to begin anew'
+      )
+    return None
 
   def best_step(self) -> int | None:
     """The step with the best metric, or None."""
@@ -55,10 +88,10 @@ class Checkpoints:
     for step in self.steps():
       try:
         run = json.loads((self._path(step) / 'run.json').read_text())
-      except (OSError, json.JSONDecodeError):
+        if (value := run['metrics'].get(self._best)) is not None:
+          scored.append((self._sign * float(value), step))
+      except (OSError, *BROKEN):
         continue  # a damaged checkpoint is no best one; `restore` says what is wrong with it
-      if (value := run['metrics'].get(self._best)) is not None:
-        scored.append((self._sign * value, step))
     return max(scored)[1] if scored else None
 
   def save(self, step: int, state: Any, run: Mapping[str, Any], rollout: Any = None) -> None:
@@ -79,6 +112,7 @@ class Checkpoints:
       if path.exists():
         path.rmtree()
       path.mkdir(parents=True)
+      self._damaged.discard(step)
       responses = [ocp.save_async(path / 'state', state)]
       if rollout is not None:
         responses.append(ocp.save_async(path / 'rollout', rollout))
@@ -107,20 +141,10 @@ class Checkpoints:
       UserError: a file is missing or changed since it was saved, or the state is another model's.
     """
     path = self._path(step)
-    try:
-      manifest = json.loads((path / 'manifest.json').read_text())
-    except json.JSONDecodeError as error:
+    if step != self._whole and (damage := self._damage(step)):
       raise UserError(
-        f'checkpoint {path} is damaged (manifest.json is no JSON): delete that directory to go on '
-        'from the one before'
-      ) from error
-    for name, digest in manifest['files'].items():
-      file = path / name
-      if not file.exists() or _sha256(file) != digest:
-        raise UserError(
-          f'checkpoint {path} is damaged ({name} is missing or has another hash): delete that '
-          'directory to go on from the one before'
-        )
+        f'checkpoint {path} is damaged ({damage}): delete that directory, or name another step'
+      )
     try:
       state = ocp.load(path / 'state', like)
     except ValueError as error:
@@ -137,6 +161,25 @@ class Checkpoints:
 
   def _path(self, step: int) -> epath.Path:
     return self._root / f'{step:08d}'
+
+  def _damage(self, step: int) -> str:
+    """What is wrong with the files of a finished checkpoint, '' where they are as they were saved.
+
+    The arrays are read once for it.
+    """
+    path = self._path(step)
+    try:
+      files = json.loads((path / 'manifest.json').read_text())['files']
+      wanted = {*files, 'run.json'}
+    except (OSError, *BROKEN):
+      return 'manifest.json cannot be read'
+    for name in sorted(wanted):
+      try:
+        if _sha256(path / name) != files[name]:
+          return f'{name} has another hash'
+      except (OSError, *BROKEN):
+        return f'{name} is missing or cannot be read'
+    return ''
 
   def _commit(self, step: int, responses: Sequence[Any], run: dict[str, Any]) -> None:
     path = self._path(step)

@@ -15,6 +15,7 @@ from dopd_jax import config as configs
 from dopd_jax.errors import Stopped, UserError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # how XLA begins to say it
 PACKAGE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'dopd_jax'
 
@@ -74,6 +75,14 @@ def _guarded(main: Callable[[], None]) -> None:
   except Stopped as error:
     print(f'stopped: {error}', file=sys.stderr)
     sys.exit(1)
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY not in str(error):
+      raise
+    _fail(
+      f'out of memory ({_sentence(error)[:160]}): lower microbatch, head_tile or '
+      'rollout.prompts_at_once (rollout.slots where completions are of uneven length), and start '
+      'again; finished checkpoints are kept'
+    )
   except OSError as error:
     if not _is_disk(error):  # a file of anybody, but only what a full or closed disk says
       raise

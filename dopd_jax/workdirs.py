@@ -24,8 +24,8 @@ from dopd_jax.objectives import Objective
 def check(workdir: str, config: Config) -> None:
   """Raises `UserError` if the workdir is the run of another config. Writes nothing.
 
-  Only logging and the cadence of evaluation and checkpoints may differ from the run that began
-  there.
+  Logging, the cadence of evaluation and checkpoints, and what decides memory alone may differ from
+  the run that began there: who ran out of memory must be able to go on.
   """
   path = os.path.join(workdir, 'config.json')
   if not os.path.exists(path):
@@ -35,7 +35,11 @@ def check(workdir: str, config: Config) -> None:
       old = json.load(file)['config']
   except (json.JSONDecodeError, KeyError, TypeError) as error:
     raise UserError(f'{path} is not the config of a run: choose another workdir') from error
-  if changed := configs.differences(old, json.loads(configs.to_json(config))):
+  new = json.loads(configs.to_json(config))
+  changed = configs.differences(old, new, (*configs.CADENCE, *configs.MEMORY))
+  if memory := configs.differences(old, new) if not changed else []:
+    logging.info('Rounding may differ from here on, with other %s.', '; '.join(memory))
+  if changed:
     raise UserError(
       f'workdir {workdir} belongs to another config, which differs in {"; ".join(changed[:5])}: '
       'choose another workdir, or the settings that it began with'
@@ -54,7 +58,7 @@ def claim(workdir: str, config: Config) -> None:
   new = json.loads(configs.to_json(config))
   try:
     os.makedirs(workdir, exist_ok=True)
-    about = {'config': new, 'versions': _versions(), 'device': jax.devices()[0].device_kind}
+    about = {'config': new, 'versions': versions(), 'device': jax.devices()[0].device_kind}
     with open(f'{path}.partial', 'w') as file:
       json.dump(about, file, indent=2)
     os.replace(f'{path}.partial', path)
@@ -144,7 +148,8 @@ def writing(path: str) -> Iterator[TextIO]:
       os.unlink(partial)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+  """Of the packages that decide what a run computes."""
   names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'transformers', 'numpy')
   found = {name: metadata.version(name) for name in names}
   return {'dopd_jax': __version__, 'python': platform.python_version(), **found}

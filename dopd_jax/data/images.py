@@ -59,6 +59,44 @@ def as_sources(value: Any, where: str) -> tuple[Any, ...]:
   return sources
 
 
+def inside(source: Any, folders: Sequence[str], where: str) -> Any:
+  """An image's source, checked: a path that leads into one of the folders, links resolved.
+
+  A relative path starts in the first of the folders where it exists, or else where the command
+  runs. What is no path comes back as it is.
+
+  Raises:
+    UserError: the path leads elsewhere, so that whoever wrote the data could have any picture of
+      this machine read.
+  """
+  if isinstance(source, Mapping) and source.get('bytes') is None:
+    return {**source, 'path': inside(source.get('path'), folders, where)}
+  if not isinstance(source, str | os.PathLike) or _is_data(source) or _is_remote(source):
+    return source
+  given = os.fspath(source)
+  found = (os.path.join(folder, given) for folder in folders)
+  path = next((path for path in found if os.path.exists(path)), given)
+  try:
+    real = os.path.realpath(path)
+    roots = [os.path.realpath(folder) for folder in folders]
+  except (OSError, ValueError):
+    return source  # no path of this machine: reading it says so
+  if any(os.path.commonpath([root, real]) == root for root in roots):
+    return path
+  raise UserError(
+    f'{where}: the image {given[:120]!r} lies outside the folder of the data; move it there, or '
+    'name its folder in data.image_folder.'
+  )
+
+
+def _is_data(source: Any) -> bool:
+  return isinstance(source, str) and source[:5].lower() == 'data:'
+
+
+def _is_remote(source: Any) -> bool:
+  return '://' in os.fspath(source)[:20]
+
+
 def read_image(
   source: Any, where: str = 'the image', pixel_limit: int = PIXEL_LIMIT
 ) -> Image.Image:
@@ -322,7 +360,7 @@ def _file(source: Any, where: str) -> io.BytesIO | io.BufferedReader:
     if not keys:
       raise UserError(f'{where}: the image has neither bytes nor a path; give one of them.')
     return _file(source[keys[0]], where)
-  if isinstance(source, str) and source[:5].lower() == 'data:':
+  if _is_data(source):
     head, comma, body = source.partition(',')
     if not comma or not head.lower().endswith(';base64'):
       raise UserError(
@@ -339,7 +377,7 @@ def _file(source: Any, where: str) -> io.BytesIO | io.BufferedReader:
       raise UserError(f'{where}: the image is empty, 0 bytes; repair it or remove the record.')
     return io.BytesIO(source)
   path = os.fspath(source)
-  if '://' in path[:20]:
+  if _is_remote(path):
     raise UserError(
       f'{where}: the image {path[:80]!r} is a remote address; download it first and give its path.'
     )

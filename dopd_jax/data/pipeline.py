@@ -280,6 +280,7 @@ def make_pipeline(
   loaders: Mapping[str, Loader] | None = None,
   privileged_kind: str = 'column',
   box_format: str = 'absolute',
+  image_folder: str = '',
   process_index: int = 0,
   process_count: int = 1,
 ) -> Pipeline:
@@ -299,6 +300,7 @@ def make_pipeline(
           loaders=loaders,
           privileged_kind=privileged_kind,
           box_format=box_format,
+          image_folder=image_folder,
         ),
         renderer,
         max_prompt_tokens=max_prompt_tokens,
