@@ -23,7 +23,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from dopd_jax.errors import UserError
+from dopd_jax.errors import UserError, disk_reason
 
 # What reading JSON of another kind than ours raises; one that is no JSON is a ValueError.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -206,7 +206,7 @@ class Checkpoints:
     logging.debug('checkpoint at step %d', step, exc_info=error)
     steps = [s for s in self.steps() if s != step]
     last = f'the last good one is step {steps[-1]}' if steps else 'there is none before it'
-    text = ' '.join(str(error).split())[:200]
+    text = disk_reason(error) or ' '.join(str(error).split())[:200]
     return UserError(
       f'the checkpoint at step {step} could not be saved in {self._root} ({text}): make room or '
       f'choose a workdir that can be written, then start again; {last}'

@@ -194,9 +194,12 @@ def default(method: str = 'dopd', **changes: Any) -> ml_collections.ConfigDict:
 def validate(cfg: ml_collections.ConfigDict) -> Config:
   """The frozen `Config`; raises `UserError` for an unknown key, a wrong type or a wrong value."""
   values = cfg.to_dict() if hasattr(cfg, 'to_dict') else dict(cfg)
-  method = values.get('objective', {}).get('name', 'dopd')
-  if method not in objectives.METHODS:
-    raise UserError(unknown('objective.name', method, objectives.METHODS))
+  chosen = values.get('objective', {})
+  if not isinstance(chosen, dict):
+    raise UserError(f'objective must be a group of settings, not {chosen!r}')
+  method = chosen.get('name', 'dopd')
+  if not isinstance(method, str) or method not in objectives.METHODS:
+    raise UserError(unknown('objective.name', str(method), objectives.METHODS))
   config = _from_dict(Config(objective=objectives.METHODS[method]()), values, '')
   _check(config)
   return config

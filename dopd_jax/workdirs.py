@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 from absl import logging
@@ -32,8 +32,8 @@ def check(workdir: str, config: Config) -> None:
     return
   try:
     with open(path) as file:
-      old = json.load(file)['config']
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+      old = dict(json.load(file)['config'])
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(f'{path} is not the config of a run: choose another workdir') from error
   new = json.loads(configs.to_json(config))
   changed = configs.differences(old, new, (*configs.CADENCE, *configs.MEMORY))
@@ -73,9 +73,10 @@ def read_config(workdir: str) -> Config:
   path = os.path.join(workdir, 'config.json')
   try:
     with open(path) as file:
-      return configs.validate(json.load(file)['config'])
-  except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+      values: Any = dict(json.load(file)['config'])
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(f'there is no run in {workdir}: give the workdir of one') from error
+  return configs.validate(values)
 
 
 def check_rows(config: Config, objective: Objective, mesh: jax.sharding.Mesh) -> None:

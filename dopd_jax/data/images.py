@@ -74,8 +74,8 @@ def inside(source: Any, folders: Sequence[str], where: str) -> Any:
   if not isinstance(source, str | os.PathLike) or _is_data(source) or _is_remote(source):
     return source
   given = os.fspath(source)
-  found = (os.path.join(folder, given) for folder in folders)
-  path = next((path for path in found if os.path.exists(path)), given)
+  found = [*(os.path.join(folder, given) for folder in folders), given]
+  path = next((path for path in found if os.path.exists(path)), found[0])
   try:
     real = os.path.realpath(path)
     roots = [os.path.realpath(folder) for folder in folders]
@@ -219,12 +219,12 @@ class ImageProcessor:
       )
     try:
       wrapped = Qwen2VLImageProcessorPil.from_pretrained(directory)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+      size = dict(wrapped.size)
+    except Exception as error:  # whatever transformers makes of odd values
       raise UserError(
         f'The image processor of {directory} cannot be read ({_first_line(error)}): it must be '
         'that of Qwen2-VL or Qwen3-VL.'
       ) from None
-    size = dict(wrapped.size)
     if not {'shortest_edge', 'longest_edge'} <= {k for k, v in size.items() if v}:
       raise UserError(
         f'The image processor of {directory} is of another family: its size is {size}, and '
@@ -233,7 +233,13 @@ class ImageProcessor:
     changed = {'shortest_edge': min_pixels, 'longest_edge': max_pixels}
     wrapped.size = {key: size[key] if value is None else value for key, value in changed.items()}
     processor = cls.__new__(cls)
-    processor._use(wrapped)
+    try:
+      processor._use(wrapped)
+    except (TypeError, AttributeError) as error:
+      raise UserError(
+        f'The image processor of {directory} holds a value of the wrong kind '
+        f'({_first_line(error)}): download it again.'
+      ) from None
     return processor
 
   def save(self, directory: str) -> None:

@@ -258,7 +258,12 @@ class _ArrayRecordRows(Sequence[Any]):
   def __getitem__(self, index):
     import msgpack
 
-    entry = bytes(self._data[index])
+    try:
+      entry = bytes(self._data[index])
+    except (RuntimeError, ValueError, OSError) as error:  # pages carry hashes
+      raise UserError(
+        f'{self._name} record {index} is damaged ({_first_line(error)}): copy the file again.'
+      ) from None
     try:
       # An object in JSON starts with a brace; a map in msgpack never does.
       if entry.lstrip()[:1] == b'{':

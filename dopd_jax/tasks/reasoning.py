@@ -190,7 +190,8 @@ def _dataset(family: str, **options: Any):
   try:
     return reasoning_gym.create_dataset(family, **options)
   except (ValueError, TypeError, AssertionError) as error:
-    raise UserError(f'reasoning_gym cannot make {family} with {options}: {error}.') from None
+    reason = ' '.join(str(error).split())
+    raise UserError(f'reasoning_gym cannot make {family!r} with {options}: {reason}.') from None
 
 
 def _solution(entry: dict[str, Any], key: str | None) -> str | None:

@@ -4,16 +4,15 @@ r"""Injects every fault into the training command, counts what happens, and writ
   python -m experiments.faults --only=sigkill --kills=5
   python -m experiments.faults --report_only
 
-A fault writes one JSON file under `results/` when it has ended; `table.md` is made from these files
-alone. What has a file is skipped: delete it to inject that fault anew. Exit code 1 says that
-something was seen that was not expected.
+A fault has one JSON file under `results/`, written after each trial; `table.md` is made from these
+files alone. Trials that a file holds are not made again: delete it to inject that fault anew. Exit
+code 1 says that something was seen that was not expected.
 """
 
 import json
 import pathlib
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ def faults(count: int) -> list[Fault]:
       'sigkill',
       'SIGKILL at random moments, in saves too',
       goes_on,
-      lambda lab: kills.sigkill(lab, count),
+      lambda lab, done: kills.sigkill(lab, count, done),
       count,
     ),
     Fault('sigterm', 'SIGTERM', f'saves the step it is at, exit 0; {goes_on}', kills.sigterm, 3),
@@ -84,45 +83,57 @@ def faults(count: int) -> list[Fault]:
 
 
 def inject(wanted: Sequence[Fault], out: pathlib.Path, seed: int, console: Console) -> None:
-  """Tries the faults that have no result yet, and writes one for each."""
-  todo = [f for f in wanted if f.trials and not (out / f'{f.name}.json').exists()]
+  """Makes the trials that have no result yet, and writes a fault's file after each of them."""
+  found = {f.name: _read(out / f'{f.name}.json') for f in wanted if f.trials}
+  behind = {name: len(result.get('trials', [])) for name, result in found.items()}
   with tempfile.TemporaryDirectory(prefix='dopd_jax_faults_') as root, _bar(console) as bar:
-    lab = Lab(pathlib.Path(root), seed)
-    task = bar.add_task('', total=sum(f.count for f in todo))
-    for fault in todo:
+    # Moments differ between the parts of a run that was cut off.
+    lab = Lab(pathlib.Path(root), f'{seed} {sum(behind.values())}')
+    task = bar.add_task('', total=sum(f.count for f in wanted), completed=sum(behind.values()))
+    for fault in wanted:
+      if fault.trials is None or behind[fault.name] >= fault.count:
+        continue
       bar.update(task, description=fault.name)
-      found, begun = [], time.monotonic()
-      assert fault.trials
-      for trial in fault.trials(lab):
-        found.append(trial)
+      trials = found[fault.name].get('trials', [])
+      for trial in fault.trials(lab, behind[fault.name]):
+        trials.append(trial._asdict())
         bar.advance(task)
         mark = '' if trial.ok else 'NOT EXPECTED: '
         bar.console.print(f'{mark}{trial.what}: {trial.seen}', highlight=False, soft_wrap=True)
-      result = {
-        'fault': fault.name,
-        'injected': fault.injected,
-        'expected': fault.expected,
-        'as_expected': sum(trial.ok for trial in found),
-        'n': len(found),
-        'trials': [trial._asdict() for trial in found],
-        'settings': SETTINGS,
-        'seed': seed,
-        'wall_seconds': round(time.monotonic() - begun, 1),
-        'commit': commits.current(),
-        'versions': workdirs.versions(),
-        'device': jax.devices()[0].device_kind,
-      }
-      text = json.dumps(result, indent=1).replace(root, 'LAB')
-      with workdirs.writing(str(out / f'{fault.name}.json')) as file:
-        file.write(text + '\n')
+        result = {
+          'fault': fault.name,
+          'injected': fault.injected,
+          'expected': fault.expected,
+          'as_expected': sum(t['ok'] for t in trials),
+          'n': len(trials),
+          'of': fault.count,
+          'settings': SETTINGS,
+          'seed': seed,
+          'commit': commits.current(),
+          'versions': workdirs.versions(),
+          'device': jax.devices()[0].device_kind,
+          'trials': trials,
+        }
+        with workdirs.writing(str(out / f'{fault.name}.json')) as file:
+          file.write(json.dumps(result, indent=1).replace(root, 'LAB') + '\n')
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  return json.loads(path.read_text()) if path.exists() else {}
 
 
 def table(found: Sequence[dict[str, Any]], missing: Sequence[Fault]) -> str:
   """`table.md`: a line a fault, then a line a trial that is not a kill."""
-  lines = ['# Faults', '', '| injected | expected | as expected | of |', '|---|---|---:|---:|']
+  lines = [
+    '# Faults',
+    '',
+    '| injected | expected | injections | as expected |',
+    '|---|---|---:|---:|',
+  ]
   for r in found:
-    lines.append(f'| {r["injected"]} | {r["expected"]} | {r["as_expected"]} | {r["n"]} |')
-  lines += [f'| {f.injected} | {f.expected} | – | not run |' for f in missing]
+    n = f'{r["n"]}' + (f' (of {r["of"]} planned)' if r['n'] < r['of'] else '')
+    lines.append(f'| {r["injected"]} | {r["expected"]} | {n} | {r["as_expected"]} |')
+  lines += [f'| {f.injected} | {f.expected} | not run here | |' for f in missing]
   for r in found:
     lines += ['', f'**{r["injected"]}**', '', '| | seen | as expected |', '|---|---|---|']
     for trial in r['trials']:

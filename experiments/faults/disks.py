@@ -44,9 +44,9 @@ class Disk:
     self._holder.communicate()
 
 
-def full(lab: Lab) -> Iterator[Trial]:
-  """Disks with room for one checkpoint and a half, for two and a half, and for none."""
-  for size in ('1m', '2500k', '4m'):
+def full(lab: Lab, done: int = 0) -> Iterator[Trial]:
+  """Disks with room for no checkpoint, for one and for two."""
+  for size in ('1m', '2500k', '4m')[done:]:
     workdir = lab.fresh('full')
     with contextlib.ExitStack() as stack:
       try:
@@ -59,9 +59,9 @@ def full(lab: Lab) -> Iterator[Trial]:
       yield _judge(lab, f'a disk of {size}', workdir, disk, ended, 'size=64m', 'No space left')
 
 
-def read_only(lab: Lab) -> Iterator[Trial]:
+def read_only(lab: Lab, done: int = 0) -> Iterator[Trial]:
   """The disk becomes read-only as soon as the first, third or sixth save has begun."""
-  for number in (1, 3, 6):
+  for number in (1, 3, 6)[done:]:
     what, workdir = f'read-only in save {number}', lab.fresh('read_only')
     with contextlib.ExitStack() as stack:
       try:

@@ -42,30 +42,34 @@ def largest(saved: pathlib.Path) -> pathlib.Path:
   return max((p for p in saved.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-def damaged(lab: Lab) -> Iterator[Trial]:
+PLACES: dict[str, Callable[[pathlib.Path], pathlib.Path]] = {
+  'arrays': largest,
+  'run.json': lambda saved: saved / 'run.json',
+  'manifest.json': lambda saved: saved / 'manifest.json',
+}
+
+
+def damaged(lab: Lab, done: int = 0) -> Iterator[Trial]:
   """The newest checkpoint is damaged: the one before is used, and the log says so."""
-  places = {
-    'arrays': largest,
-    'run.json': lambda saved: saved / 'run.json',
-    'manifest.json': lambda saved: saved / 'manifest.json',
-  }
-  for place, find in places.items():
-    for harm, apply in HARMS.items():
-      if (place, harm) == ('manifest.json', 'missing'):
-        continue  # that is a save that was not finished
-      workdir = lab.cut_off('damaged', STEP)
-      path = find(workdir / 'checkpoints' / f'{STEP:08d}')
-      apply(path)
-      ended = lab.run(workdir)
-      same = ended.code == 0 and lab.same(workdir)
-      noticed = f'{STEP:08d}' in ended.log and 'damaged' in ended.log
-      before = STEP - labs.EVERY
-      fell_back = f'Going on from step {before} ' in ended.log
-      seen = f'exit {ended.code}, {"" if noticed else "NOT "}noticed'
-      seen += f', went on from step {before}' if fell_back else ''
-      seen += ', equal in the end' if same else f', NOT EQUAL: {ended.sentence[:200]}'
-      yield Trial(f'{place} {harm}', seen, noticed and fell_back and same)
+  cases = [(place, harm) for place in PLACES for harm in HARMS]
+  cases.remove(('manifest.json', 'missing'))  # that is a save that was not finished
+  for place, harm in cases[done:]:
+    yield _damaged(lab, place, harm)
   yield _all_damaged(lab)
+
+
+def _damaged(lab: Lab, place: str, harm: str) -> Trial:
+  workdir = lab.cut_off('damaged', STEP)
+  HARMS[harm](PLACES[place](workdir / 'checkpoints' / f'{STEP:08d}'))
+  ended = lab.run(workdir)
+  same = ended.code == 0 and lab.same(workdir)
+  noticed = f'{STEP:08d} is damaged' in ended.log
+  before = STEP - labs.EVERY
+  fell_back = f'Going on from step {before} ' in ended.log
+  seen = f'exit {ended.code}, {"" if noticed else "NOT "}noticed'
+  seen += f', went on from step {before}' if fell_back else ''
+  seen += ', equal in the end' if same else f', NOT EQUAL: {ended.sentence[:200]}'
+  return Trial(f'{place} {harm}', seen, noticed and fell_back and same)
 
 
 def _all_damaged(lab: Lab) -> Trial:
@@ -108,7 +112,7 @@ def edited(**changes: str) -> Callable[[pathlib.Path], None]:
   return edit
 
 
-def data_files(lab: Lab) -> Iterator[Trial]:
+def data_files(lab: Lab, done: int = 0) -> Iterator[Trial]:
   """A data file is not what it was when the run began: one sentence, nothing overwritten."""
   other = 'm = 5 ; k = 2 ; m + k = ?'
   cases = {
@@ -123,7 +127,7 @@ def data_files(lab: Lab) -> Iterator[Trial]:
     'an answer of data.eval changed': (lab.eval, edited(answer='no')),
     'data.eval is gone': (lab.eval, pathlib.Path.unlink),
   }
-  for what, (path, change) in cases.items():
+  for what, (path, change) in list(cases.items())[done:]:
     workdir = lab.cut_off('data', STEP)
     before = labs.digest(workdir)
     with restored(path):

@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from experiments.faults import lab as labs
 from experiments.faults.lab import EVERY, STEPS, Lab, Trial
 
-CHAIN = 5  # kills of one run before it may end
+CHAIN = 10  # kills of one run before it may end
 
 
-def sigkill(lab: Lab, kills: int) -> Iterator[Trial]:
+def sigkill(lab: Lab, kills: int, done: int = 0) -> Iterator[Trial]:
   """Chains of kills: each run is killed up to `CHAIN` times, goes on, and then ends.
 
   A third of the moments are uniform over the first 15 seconds, start-up included, a third are up to
   40 ms into a save, and a third some rows after the start. After each the rows and checkpoints on
-  the disk are looked at, and after the last of a chain the whole run is compared.
+  the disk are looked at, and after the last of a chain the whole run is compared. `done` kills are
+  behind it.
   """
-  done = 0
   while done < kills:
     count = min(CHAIN, kills - done)
     workdir = lab.fresh('killed')
@@ -41,7 +41,7 @@ def _one_kill(lab: Lab, workdir, number: int) -> Trial:
     delay = lab.random.uniform(0, 15)
     process.wait_for(lambda: time.monotonic() - begun > delay)
   else:
-    wanted = (saves[-1] if saves else 0) + lab.random.randint(1, 8)
+    wanted = (saves[-1] if saves else 0) + lab.random.randint(1, 4)
     process.wait_for(lambda: labs.last_row(workdir) >= min(wanted, STEPS - 1))
     if kind == 'in a save':
       process.wait_for(lambda: labs.saving(workdir))
@@ -69,9 +69,9 @@ def _one_kill(lab: Lab, workdir, number: int) -> Trial:
   )
 
 
-def sigterm(lab: Lab) -> Iterator[Trial]:
+def sigterm(lab: Lab, done: int = 0) -> Iterator[Trial]:
   """The run saves the step that it is at, exits with 0, and goes on."""
-  for after in (1, 6, 13):
+  for after in (1, 6, 13)[done:]:
     workdir = lab.fresh('terminated')
     process = lab.start(workdir)
     process.wait_for(lambda at=workdir, after=after: labs.last_row(at) >= after)

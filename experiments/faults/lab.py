@@ -51,14 +51,15 @@ class Fault:
     name: of its result file.
     injected: what is done, in words.
     expected: what must be seen, in words.
-    trials: makes its injections one after the other; None is not done yet, and says so.
+    trials: makes its injections one after the other, from the given number on; None where another
+      test makes them.
     count: how many those are.
   """
 
   name: str
   injected: str
   expected: str
-  trials: Callable[['Lab'], Iterator[Trial]] | None
+  trials: Callable[['Lab', int], Iterator[Trial]] | None
   count: int
 
 
@@ -87,8 +88,8 @@ class Ended(NamedTuple):
 class Lab:
   """A folder with data, an unbroken run for each set of settings, and the runs of trials."""
 
-  def __init__(self, root: pathlib.Path, seed: int):
-    self.root, self.seed = root, seed
+  def __init__(self, root: pathlib.Path, seed: str):
+    self.root = root
     self.random = random.Random(seed)
     self.train, self.eval = root / 'train.jsonl', root / 'eval.jsonl'
     write(self.train, records(64, 1000))

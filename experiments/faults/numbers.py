@@ -15,23 +15,26 @@ INJECT = 'experiments.faults.inject'
 PAIR = ROOT / 'dopd_jax' / 'assets' / 'quickstart'
 
 
-def nan(lab: Lab) -> Iterator[Trial]:
-  """NaN while training: exit 1, nothing saved after it, and without it the run goes on."""
+def nan(lab: Lab, done: int = 0) -> Iterator[Trial]:
+  """NaN in a file of weights, and while training."""
+  cases = ('student', 'teacher', 'nan_in_weight', 'nan_in_teacher', 'nan_in_batch')
+  for case in cases[done:]:
+    yield _poisoned_step(lab, case) if case.startswith('nan') else _poisoned_file(lab, case)
+
+
+def _poisoned_step(lab: Lab, fault: str) -> Trial:
+  """Exit 1, nothing saved after it, and without the fault the run goes on."""
   # Of the methods, this is one whose loss reads what the sampler said.
-  methods = {'nan_in_batch': 'thinking_machines', 'nan_in_weight': 'dopd', 'nan_in_teacher': 'dopd'}
-  for fault, method in methods.items():
-    lab.unbroken(method=method)
-    workdir = lab.fresh('nan')
-    ended = lab.run(workdir, program=(INJECT, fault, str(STEP)), method=method)
-    saves = labs.saved(workdir)
-    told = ended.told('not finite', f'step {STEP}', code=1) and max(saves) < STEP
-    after = lab.run(workdir, method=method)
-    same = after.code == 0 and lab.same(workdir, method=method)
-    seen = f'exit {ended.code}: {ended.sentence[:200]}; newest checkpoint {max(saves)}; '
-    seen += 'without the fault equal' if same else 'afterwards NOT EQUAL'
-    yield Trial(f'{fault.replace("_", " ")} at step {STEP}', seen, told and same)
-  for role in ('student', 'teacher'):
-    yield _poisoned_file(lab, role)
+  method = 'thinking_machines' if fault == 'nan_in_batch' else 'dopd'
+  workdir = lab.fresh('nan')
+  ended = lab.run(workdir, program=(INJECT, fault, str(STEP)), method=method)
+  saves = labs.saved(workdir)
+  told = ended.told('not finite', f'step {STEP}', code=1) and max(saves) < STEP
+  after = lab.run(workdir, method=method)
+  same = after.code == 0 and lab.same(workdir, method=method)
+  seen = f'exit {ended.code}: {ended.sentence[:300]}; newest checkpoint {max(saves, default=0)}; '
+  seen += 'without the fault equal' if same else 'afterwards NOT EQUAL'
+  return Trial(f'{fault.replace("_", " ")} at step {STEP}', seen, told and same)
 
 
 def _poisoned_file(lab: Lab, role: str) -> Trial:
@@ -49,8 +52,9 @@ def _poisoned_file(lab: Lab, role: str) -> Trial:
   return Trial(f"NaN in the {role}'s weight file", seen, good)
 
 
-def memory(lab: Lab) -> Iterator[Trial]:
+def memory(lab: Lab, done: int = 0) -> Iterator[Trial]:
   """One record has a prompt whose bucket fits no memory; the run stops when it comes to it."""
+  del done
   tokens = 300_000
   lines = labs.records(64, 1000)
   long = lines[20]
@@ -83,9 +87,9 @@ def _long_pair(lab: Lab, context: int) -> dict[str, pathlib.Path]:
   return found
 
 
-def clocks(lab: Lab) -> Iterator[Trial]:
+def clocks(lab: Lab, done: int = 0) -> Iterator[Trial]:
   """The wall clock jumps by a day while training: the same numbers, and sane times."""
-  for fault in ('clock_back', 'clock_forward'):
+  for fault in ('clock_back', 'clock_forward')[done:]:
     workdir = lab.fresh('clock')
     ended = lab.run(workdir, program=(INJECT, fault, str(STEP)))
     same = ended.code == 0 and lab.same(workdir)
