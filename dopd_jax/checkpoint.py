@@ -6,7 +6,9 @@ r"""Checkpoints that lose nothing: Orbax writes arrays in the background, a mani
     checkpoints/00000040/manifest.json  SHA-256 of every file; written last
 
 A directory without a manifest is an unfinished save and is never read. An older checkpoint is
-deleted only after a newer one has its manifest, so a kill at any moment leaves one that loads.
+deleted only after a newer one has its manifest, so a kill at any moment leaves one that loads. One
+whose files are not those of its manifest is damaged: it is passed over, and counts as no checkpoint
+until a save of the same step takes its place.
 """
 
 import hashlib
@@ -21,7 +23,10 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from dopd_jax.errors import UserError
+from dopd_jax.errors import UserError, disk_reason
+
+# What reading JSON of another kind than ours raises; one that is no JSON is a ValueError.
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class Checkpoints:
@@ -41,13 +46,41 @@ class Checkpoints:
     self._keep, self._best, self._sign = keep, best, -1 if lower_is_better else 1
     self._thread: threading.Thread | None = None
     self._error: Exception | None = None
+    self._damaged: set[int] = set()  # found so by `newest`
+    self._whole: int | None = None  # the one whose files `newest` has compared
 
   def steps(self) -> list[int]:
-    """Steps of the finished checkpoints, oldest first."""
+    """Steps of the finished checkpoints, oldest first, without those found to be damaged."""
     if not self._root.exists():
       return []
-    done = (p for p in self._root.iterdir() if (p / 'manifest.json').exists())
-    return sorted(int(p.name) for p in done)
+    named = (p for p in self._root.iterdir() if p.name.isdecimal())
+    done = {int(p.name) for p in named if (p / 'manifest.json').exists()}
+    return sorted(done - self._damaged)
+
+  def newest(self) -> int | None:
+    """The newest checkpoint whose files are whole; None where no save was ever finished.
+
+    Those that are not are told in the log and passed over from now on. Nothing is written.
+
+    Raises:
+      UserError: there are checkpoints, and all of them are damaged.
+    """
+    told = ''
+    for step in reversed(self.steps()):
+      damage = self._damage(step)
+      if not damage:
+        if told:
+          logging.warning('%s: passed over, step %d is whole.', told, step)
+        self._whole = step
+        return step
+      self._damaged.add(step)
+      told = told or f'checkpoint {self._path(step)} is damaged ({damage})'
+    if told:
+      raise UserError(
+        f'{told}, and none before it is whole: restore it from a copy, or delete '
+        f'{self._root} to begin anew'
+      )
+    return None
 
   def best_step(self) -> int | None:
     """The step with the best metric, or None."""
@@ -55,10 +88,10 @@ class Checkpoints:
     for step in self.steps():
       try:
         run = json.loads((self._path(step) / 'run.json').read_text())
-      except (OSError, json.JSONDecodeError):
+        if (value := run['metrics'].get(self._best)) is not None:
+          scored.append((self._sign * float(value), step))
+      except (OSError, *BROKEN):
         continue  # a damaged checkpoint is no best one; `restore` says what is wrong with it
-      if (value := run['metrics'].get(self._best)) is not None:
-        scored.append((self._sign * value, step))
     return max(scored)[1] if scored else None
 
   def save(self, step: int, state: Any, run: Mapping[str, Any], rollout: Any = None) -> None:
@@ -80,6 +113,7 @@ class Checkpoints:
         if path.exists():
           path.rmtree()
         path.mkdir(parents=True)
+      self._damaged.discard(step)
       responses = [ocp.save_async(path / 'state', state)]
       if rollout is not None:
         responses.append(ocp.save_async(path / 'rollout', rollout))
@@ -108,8 +142,11 @@ class Checkpoints:
       UserError: a file is missing or changed since it was saved, or the state is another model's.
     """
     path = self._path(step)
-    if jax.process_index() == 0:  # one reading of all files is enough
-      self._check_files(path)
+    told = step == self._whole or jax.process_index()  # one reading of all files is enough
+    if not told and (damage := self._damage(step)):
+      raise UserError(
+        f'checkpoint {path} is damaged ({damage}): delete that directory, or name another step'
+      )
     try:
       state = ocp.load(path / 'state', like)
     except ValueError as error:
@@ -119,22 +156,6 @@ class Checkpoints:
       ) from error
     return state, json.loads((path / 'run.json').read_text())
 
-  def _check_files(self, path: epath.Path) -> None:
-    try:
-      manifest = json.loads((path / 'manifest.json').read_text())
-    except json.JSONDecodeError as error:
-      raise UserError(
-        f'checkpoint {path} is damaged (manifest.json is no JSON): delete that directory to go on '
-        'from the one before'
-      ) from error
-    for name, digest in manifest['files'].items():
-      file = path / name
-      if not file.exists() or _sha256(file) != digest:
-        raise UserError(
-          f'checkpoint {path} is damaged ({name} is missing or has another hash): delete that '
-          'directory to go on from the one before'
-        )
-
   def restore_rollout(self, step: int, like: Any) -> Any:
     """The `rollout` of that save, or None. `restore` comes first: it checks the files."""
     path = self._path(step) / 'rollout'
@@ -142,6 +163,25 @@ class Checkpoints:
 
   def _path(self, step: int) -> epath.Path:
     return self._root / f'{step:08d}'
+
+  def _damage(self, step: int) -> str:
+    """What is wrong with the files of a finished checkpoint, '' where they are as they were saved.
+
+    The arrays are read once for it.
+    """
+    path = self._path(step)
+    try:
+      files = json.loads((path / 'manifest.json').read_text())['files']
+      wanted = {*files, 'run.json'}
+    except (OSError, *BROKEN):
+      return 'manifest.json cannot be read'
+    for name in sorted(wanted):
+      try:
+        if _sha256(path / name) != files[name]:
+          return f'{name} has another hash'
+      except (OSError, *BROKEN):
+        return f'{name} is missing or cannot be read'
+    return ''
 
   def _commit(self, step: int, responses: Sequence[Any], run: dict[str, Any]) -> None:
     path = self._path(step)
@@ -168,7 +208,7 @@ class Checkpoints:
     logging.debug('checkpoint at step %d', step, exc_info=error)
     steps = [s for s in self.steps() if s != step]
     last = f'the last good one is step {steps[-1]}' if steps else 'there is none before it'
-    text = ' '.join(str(error).split())[:200]
+    text = disk_reason(error) or ' '.join(str(error).split())[:200]
     return UserError(
       f'the checkpoint at step {step} could not be saved in {self._root} ({text}): make room or '
       f'choose a workdir that can be written, then start again; {last}'

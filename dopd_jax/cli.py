@@ -1,6 +1,5 @@
 r"""How every command starts and ends: absl flags, and exit code 2 for a user's mistake."""
 
-import errno
 import logging as stdlib_logging
 import os
 import pathlib
@@ -13,9 +12,9 @@ from absl import app, flags, logging
 
 from dopd_jax import config as configs
 from dopd_jax import distributed
-from dopd_jax.errors import Stopped, UserError
+from dopd_jax.errors import Stopped, UserError, disk_reason
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # how XLA begins to say it
 PACKAGE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'dopd_jax'
 
@@ -82,12 +81,20 @@ def _guarded(main: Callable[[], None], several: bool) -> None:
     keep_compilations()
     main()
   except UserError as error:
-    _fail(str(error), disk=any(_is_disk(e) for e in _chain(error)))
+    _fail(str(error), disk=any(disk_reason(e) for e in _chain(error)))
   except Stopped as error:
     print(f'stopped: {error}', file=sys.stderr)
     sys.exit(1)
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY not in str(error):
+      raise
+    _fail(
+      f'out of memory ({_sentence(error)[:160]}): lower microbatch, head_tile or '
+      'rollout.prompts_at_once (rollout.slots where completions are of uneven length), and start '
+      'again; finished checkpoints are kept'
+    )
   except OSError as error:
-    if not _is_disk(error):  # a file of anybody, but only what a full or closed disk says
+    if not disk_reason(error):  # a file of anybody, but only what a full or closed disk says
       raise
     where = error.filename or 'a file of the run'
     _fail(
@@ -114,12 +121,6 @@ def _ours_or_serious(record) -> bool:
     return True
   told_twice = record.exc_info and 'orbax' in record.pathname
   return record.levelno >= stdlib_logging.WARNING and not told_twice
-
-
-def _is_disk(error: BaseException) -> bool:
-  """Whether a full or closed disk is behind an error; TensorStore says so in words only."""
-  code = error.errno if isinstance(error, OSError) else None
-  return code in DISK or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -63,6 +63,7 @@ class Data:
   columns: tuple = ()  # (('prompt', 'question'), ...): our column, theirs
   privileged: str = 'column'  # or 'none': both policies see an empty context
   privileged_kind: str = 'column'  # or made of boxes, labels, caption, answer: `data.KINDS`
+  image_folder: str = ''  # where images may lie besides the data file's own; '/' is anywhere
   box_format: str = 'absolute'  # pixels of the image, or 'thousand' of its sides
   min_pixels: int = 0  # of an image after resizing; 0 is what the image processor says
   max_pixels: int = 0
@@ -175,8 +176,8 @@ class Config:
 
 # In an existing workdir these may change: they decide when, not what.
 CADENCE = ('log.', 'evaluation.every', 'checkpoint.every', 'checkpoint.keep')
-# These decide memory and speed: results change by rounding alone.
-MEMORY = ('head_tile', 'remat', 'rollout.slots', 'rollout.prompts_at_once')
+# These too, since they decide memory and speed: results change by rounding alone.
+MEMORY = ('microbatch', 'head_tile', 'remat', 'rollout.slots', 'rollout.prompts_at_once')
 
 
 def default(method: str = 'dopd', **changes: Any) -> ml_collections.ConfigDict:
@@ -193,9 +194,12 @@ def default(method: str = 'dopd', **changes: Any) -> ml_collections.ConfigDict:
 def validate(cfg: ml_collections.ConfigDict) -> Config:
   """The frozen `Config`; raises `UserError` for an unknown key, a wrong type or a wrong value."""
   values = cfg.to_dict() if hasattr(cfg, 'to_dict') else dict(cfg)
-  method = values.get('objective', {}).get('name', 'dopd')
-  if method not in objectives.METHODS:
-    raise UserError(unknown('objective.name', method, objectives.METHODS))
+  chosen = values.get('objective', {})
+  if not isinstance(chosen, dict):
+    raise UserError(f'objective must be a group of settings, not {chosen!r}')
+  method = chosen.get('name', 'dopd')
+  if not isinstance(method, str) or method not in objectives.METHODS:
+    raise UserError(unknown('objective.name', str(method), objectives.METHODS))
   config = _from_dict(Config(objective=objectives.METHODS[method]()), values, '')
   _check(config)
   return config

@@ -1,6 +1,11 @@
 """From what a config says to examples: sources, tasks, chat rendering, length limits."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from dopd_jax import sight, tasks, teachers
 from dopd_jax.config import Config
@@ -45,6 +50,7 @@ def open_pipeline(config: Config, pair: Pair, objective: Objective) -> Pipeline:
     loaders=LOADERS,
     privileged_kind=data.privileged_kind,
     box_format=data.box_format,
+      image_folder=data.image_folder,
   )
   if pipeline.length is not None and pipeline.length < config.steps:
     raise UserError(
@@ -75,6 +81,43 @@ def open_pipeline(config: Config, pair: Pair, objective: Objective) -> Pipeline:
   if config.teachers and 'teacher' in objective.weights:
     teachers.check_records(records, [name for name, _ in config.teachers])
   return pipeline
+
+
+def digests(config: Config, pipeline: Pipeline, held_out: Sequence[Example]) -> dict[str, str]:
+  """A hash of all that the records of each setting say, for `check_same`."""
+  train = 'data.stages' if config.data.stages else 'data.train'
+  return {train: _digest(pipeline.examples()), 'data.eval': _digest(held_out)}
+
+
+def check_same(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+  """Raises `UserError` where the records of a run are no longer those that it began with.
+
+  What a checkpoint from before there were digests does not name, is not compared.
+  """
+  for name, digest in before.items():
+    if now.get(name) != digest:
+      raise UserError(
+        f'the records of {name} are not those that this run began with: bring the file back as '
+        'it was, or start in a new workdir'
+      )
+
+
+def _digest(examples: Iterable[Example]) -> str:
+  """Of records, whatever file they came from; of images the bytes, not the path."""
+  digest = hashlib.sha256()
+  for example in examples:
+    said = {**vars(example.record), 'images': example.digest, 'ids': example.prompt_ids}
+    digest.update(json.dumps(said, skipkeys=True, default=_plain).encode() + b'\n')
+  return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+  """Of what JSON has no word for, what is the same in every process."""
+  if isinstance(value, np.ndarray | np.generic):
+    return value.tolist()
+  if isinstance(value, set | frozenset):
+    return sorted(map(str, value))
+  return value.hex() if isinstance(value, bytes) else type(value).__name__
 
 
 def check_views(config: Config, pair: Pair, objective: Objective, examples: list[Example]) -> None:
@@ -113,7 +156,13 @@ def open_held_out(config: Config, pair: Pair) -> list[Example]:
   if not data.eval:
     return []
   examples = tokenise(
-    open_source(data.eval, privileged='none', columns=dict(data.columns), loaders=LOADERS),
+    open_source(
+      data.eval,
+      privileged='none',
+      columns=dict(data.columns),
+      loaders=LOADERS,
+      image_folder=data.image_folder,
+    ),
     renderer(config, pair),
     max_prompt_tokens=data.max_prompt_tokens,
     on_too_long=data.on_too_long,

@@ -1,5 +1,19 @@
 """The two ways in which a command ends early."""
 
+import errno
+import os
+
+# What a full or closed disk says.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def disk_reason(error: BaseException) -> str:
+  """The words of a full or closed disk behind an error, '' for another one."""
+  if isinstance(error, OSError) and error.errno in DISK:
+    return os.strerror(error.errno)
+  # TensorStore says so in words only.
+  return next((os.strerror(code) for code in DISK if os.strerror(code) in str(error)), '')
+
 
 class UserError(ValueError):
   """A mistake in a config, a file or a flag.

@@ -111,7 +111,7 @@ class Judge:
     """`{name}`, `{name}_low`, `{name}_high` (95 % Wilson), and seconds; {} for no data."""
     if not self.examples:
       return {}
-    start, right = time.time(), 0.0
+    start, right = time.monotonic(), 0.0
     task = progress.add_task(name, total=len(self.examples), rate='')
     key = jax.random.key(self.seed)
     for i in range(0, len(self.examples), self.rows):
@@ -128,7 +128,7 @@ class Judge:
     progress.remove_task(task)
     n = len(self.examples)
     low, high = report.wilson_interval(round(right), n)
-    seconds = time.time() - start
+    seconds = time.monotonic() - start
     return {
       name: right / n,
       f'{name}_low': low,

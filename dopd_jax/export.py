@@ -34,10 +34,10 @@ def export(workdir: str, out: str, which: str = 'last') -> int:
     config.checkpoint.best,
     config.checkpoint.lower_is_better,
   )
-  steps = saves.steps()
-  if not steps:
+  if not saves.steps():
     raise UserError(f'{workdir} has no finished checkpoint: let the run reach its first save')
-  named = {'last': steps[-1], 'best': saves.best_step()}
+  named = {'last': saves.newest()} if which == 'last' else {'best': saves.best_step()}
+  steps = saves.steps()
   step = named[which] if which in named else int(which) if which.isdigit() else None
   if step not in steps:
     raise UserError(f'--step={which} is none of last, best or the saved steps {steps}')

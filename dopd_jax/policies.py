@@ -222,7 +222,7 @@ def load_tokenizer(spec: Any) -> Any:
   import transformers  # slow to import, and only this needs it
 
   try:
-    return transformers.AutoTokenizer.from_pretrained(str(spec))
+    return transformers.AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False)
   except Exception as error:
     text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     raise UserError(f'no tokenizer could be read from {spec} ({text}): add its files') from error

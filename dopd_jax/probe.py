@@ -59,9 +59,9 @@ def make_probe(
     )
 
   def probe(state: Any, given: Any, resident: Any, batch: Batch) -> dict[str, float]:
-    start = time.time()
+    start = time.monotonic()
     jax.block_until_ready(steps.score(state, given, batch, resident))
-    values = {'time/score_seconds': time.time() - start}
+    values = {'time/score_seconds': time.monotonic() - start}
     if comparable:
       found = compare(state, given, batch._replace(teacher_rows=None))
       token, mask = collate.fetch((found.plan.token, batch.mask))

@@ -71,16 +71,23 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
       continue
     try:
       row = json.loads(line)
-      if not isinstance(row, dict) or 'step' not in row:
+      if not _is_row(row):
         raise ValueError
-    except ValueError:
+    except (ValueError, RecursionError):
       if number == len(lines):
         break
       raise UserError(
-        f'line {number} of {path} is not a metrics row (a JSON object with a step): remove it'
+        f'line {number} of {path} is not a metrics row (numbers with a step): remove it'
       ) from None
     rows.append(row)
   return rows
+
+
+def _is_row(row: Any) -> bool:
+  """Whether something is an object with a whole `step` and numbers, or null, beside it."""
+  if not isinstance(row, dict) or type(row.get('step')) is not int or not 0 <= row['step'] < 2**53:
+    return False
+  return all(value is None or type(value) in (int, float) for value in row.values())
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:

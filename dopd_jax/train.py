@@ -114,9 +114,12 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     look_inside = probe.make_probe(config, pair, objective, steps)
 
     # ---------------------------------------------------------------- resume
-    done, last = distributed.first(max(saves.steps(), default=0)), {}
+    records = dataset.digests(config, pipeline, held_out)
+    newest = saves.newest() if jax.process_index() == 0 else None
+    done, last = distributed.first(newest or 0), {}
     if done:
       state, run = saves.restore(done, states.abstract(state))
+      dataset.check_same(run.get('records', {}), records)
       ahead.set_state(run, saves.restore_rollout(done, ahead.abstract), done)
       last = run['accuracy']
       logging.info('Going on from step %d of %d.', done, config.steps)
@@ -165,7 +168,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
           page = show(pair, objective, pending, config.log.samples)
         pending = None
         if save:
-          run = {**ahead.get_state(), 'metrics': values, 'accuracy': last}
+          run = {**ahead.get_state(), 'records': records, 'metrics': values, 'accuracy': last}
           saves.save(step, state, run, ahead.rollout)
       saves.check()
       if stopping and not end:
@@ -234,11 +237,11 @@ class Clock:
 
   def restart(self) -> None:
     """Counts from now."""
-    self._last = time.time()
+    self._last = time.monotonic()
 
   def lap(self) -> float:
     """Seconds since the last lap, and counts from now."""
-    last, self._last = self._last, time.time()
+    last, self._last = self._last, time.monotonic()
     return self._last - last
 
 
@@ -278,7 +281,7 @@ def finish(
     raise Stopped(
       f'the loss or its gradient is not finite at step {done.step} (loss {updated.loss}, gradient '
       f'norm {updated.grad_norm}), records: {", ".join(bad) or "none by itself"}; the parameters '
-      f'are those of step {done.step - 1} and finite, and nothing was saved after that step'
+      f'are those of step {done.step - 1}, and nothing was saved after that step'
     )
   values = metrics.of_update(
     batch,

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 from absl import logging
@@ -25,18 +25,22 @@ from dopd_jax.objectives import Objective
 def check(workdir: str, config: Config) -> None:
   """Raises `UserError` if the workdir is the run of another config. Writes nothing.
 
-  Only logging and the cadence of evaluation and checkpoints may differ from the run that began
-  there.
+  Logging, the cadence of evaluation and checkpoints, and what decides memory alone may differ from
+  the run that began there: who ran out of memory must be able to go on.
   """
   path = os.path.join(workdir, 'config.json')
   if not os.path.exists(path):
     return
   try:
     with open(path) as file:
-      old = json.load(file)['config']
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+      old = dict(json.load(file)['config'])
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(f'{path} is not the config of a run: choose another workdir') from error
-  if changed := configs.differences(old, json.loads(configs.to_json(config))):
+  new = json.loads(configs.to_json(config))
+  changed = configs.differences(old, new, (*configs.CADENCE, *configs.MEMORY))
+  if memory := configs.differences(old, new) if not changed else []:
+    logging.info('Rounding may differ from here on, with other %s.', '; '.join(memory))
+  if changed:
     raise UserError(
       f'workdir {workdir} belongs to another config, which differs in {"; ".join(changed[:5])}: '
       'choose another workdir, or the settings that it began with'
@@ -55,7 +59,7 @@ def claim(workdir: str, config: Config) -> None:
   new = json.loads(configs.to_json(config))
   try:
     os.makedirs(workdir, exist_ok=True)
-    about = {'config': new, 'versions': _versions(), 'device': jax.devices()[0].device_kind}
+    about = {'config': new, 'versions': versions(), 'device': jax.devices()[0].device_kind}
     with open(f'{path}.partial', 'w') as file:
       json.dump(about, file, indent=2)
     os.replace(f'{path}.partial', path)
@@ -70,9 +74,10 @@ def read_config(workdir: str) -> Config:
   path = os.path.join(workdir, 'config.json')
   try:
     with open(path) as file:
-      return configs.validate(json.load(file)['config'])
-  except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+      values: Any = dict(json.load(file)['config'])
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(f'there is no run in {workdir}: give the workdir of one') from error
+  return configs.validate(values)
 
 
 def check_rows(config: Config, objective: Objective, mesh: jax.sharding.Mesh) -> None:
@@ -149,7 +154,8 @@ def writing(path: str) -> Iterator[TextIO]:
       os.unlink(partial)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+  """Of the packages that decide what a run computes."""
   names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'transformers', 'numpy')
   found = {name: metadata.version(name) for name in names}
   return {'dopd_jax': __version__, 'python': platform.python_version(), **found}

@@ -14,10 +14,8 @@ others go on from their last checkpoint.
 After a change of code that no config shows, delete the files and the workdirs to run anew.
 """
 
-import contextlib
 import pathlib
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ from rich.console import Console
 from dopd_jax import cli, workdirs
 from dopd_jax import config as configs
 from dopd_jax.errors import UserError
-from experiments import draw, grid, results, tables, workers
+from experiments import commits, draw, grid, results, tables, workers
 from experiments.grid import Experiment, Run
 
 FLAGS = flags.FLAGS
@@ -95,18 +93,6 @@ def _bar(console: Console) -> progress.Progress:
   )
 
 
-def _commit() -> str:
-  """The commit of the code, with `-dirty` behind it where files differ; '' without git."""
-  # A grid that writes its results must not wait for, or take, the index of the user's git.
-  words = ['git', '--no-optional-locks', 'describe', '--always', '--dirty', '--abbrev=40']
-  with contextlib.suppress(OSError, subprocess.CalledProcessError):
-    told = subprocess.run(
-      [*words, '--exclude=*'], cwd=grid.ROOT, capture_output=True, check=True, text=True
-    )
-    return told.stdout.strip()
-  return ''
-
-
 def main() -> None:
   """The command."""
   if not _NAME:
@@ -130,7 +116,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-      execute = workers.in_processes(FLAGS.jobs, out, runs, _commit())
+      execute = workers.in_processes(FLAGS.jobs, out, runs, commits.current())
       walk(experiment, arms, out, execute, console, FLAGS.smoke)
     except KeyboardInterrupt:
       console.print('Stopped; the same command goes on from here.')

@@ -90,6 +90,63 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, how):
     saves.restore(1, like(state()))
 
 
+def harm(directory, step, name='run.json', content=b'{}'):
+  (directory / f'{step:08d}' / name).write_bytes(content)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_told(tmp_path, caplog):
+  saves = checkpoint.Checkpoints(str(tmp_path), keep=3)
+  for step in (1, 2, 3):
+    save(saves, step)
+  harm(tmp_path, 3)
+  harm(tmp_path, 2, 'manifest.json', b'')
+  before = sorted(p.read_bytes() for p in tmp_path.rglob('*') if p.is_file())
+  with caplog.at_level('WARNING'):
+    assert saves.newest() == 1
+  assert '00000003 is damaged (run.json' in caplog.text and 'step 1 is whole' in caplog.text
+  assert sorted(p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()) == before
+  assert saves.restore(1, like(state()))[1]['step'] == 1 and saves.steps() == [1]
+
+
+def test_damaged_checkpoints_do_not_drive_out_whole_ones(tmp_path):
+  """The one that a run goes on from stays until a newer one is whole, whatever `keep` is."""
+  first = checkpoint.Checkpoints(str(tmp_path), keep=2)
+  save(first, 1)
+  save(first, 4)
+  harm(tmp_path, 4)
+  saves = checkpoint.Checkpoints(str(tmp_path), keep=1)
+  assert saves.newest() == 1
+  save(saves, 2)
+  assert saves.steps() == [2]
+  save(saves, 4)  # takes the place of the damaged one
+  assert checkpoint.Checkpoints(str(tmp_path)).newest() == 4
+
+
+def test_if_every_checkpoint_is_damaged_the_run_does_not_begin_anew(tmp_path):
+  saves = checkpoint.Checkpoints(str(tmp_path))
+  assert saves.newest() is None
+  for step in (1, 2):
+    save(saves, step)
+    harm(tmp_path, step)
+  with pytest.raises(UserError, match=r'00000002 is damaged.*none before it is whole'):
+    saves.newest()
+
+
+@pytest.mark.parametrize(
+  'text', ['', '[]', '3', '{"files": 3}', '{"files": {}}', '\xff', '[' * 9999]
+)
+def test_a_manifest_that_is_none(tmp_path, text):
+  saves = checkpoint.Checkpoints(str(tmp_path), best='eval/accuracy')
+  save(saves, 1)
+  harm(tmp_path, 1, 'manifest.json', text.encode('latin1'))
+  harm(tmp_path, 1, 'run.json', text.encode('latin1'))
+  assert saves.best_step() is None
+  with pytest.raises(UserError, match='damaged'):
+    saves.restore(1, like(state()))
+  with pytest.raises(UserError, match='damaged'):
+    saves.newest()
+
+
 def test_another_models_checkpoint(tmp_path):
   saves = checkpoint.Checkpoints(str(tmp_path))
   save(saves, 1)

@@ -59,6 +59,44 @@ def as_sources(value: Any, where: str) -> tuple[Any, ...]:
   return sources
 
 
+def inside(source: Any, folders: Sequence[str], where: str) -> Any:
+  """An image's source, checked: a path that leads into one of the folders, links resolved.
+
+  A relative path starts in the first of the folders where it exists, or else where the command
+  runs. What is no path comes back as it is.
+
+  Raises:
+    UserError: the path leads elsewhere, so that whoever wrote the data could have any picture of
+      this machine read.
+  """
+  if isinstance(source, Mapping) and source.get('bytes') is None:
+    return {**source, 'path': inside(source.get('path'), folders, where)}
+  if not isinstance(source, str | os.PathLike) or _is_data(source) or _is_remote(source):
+    return source
+  given = os.fspath(source)
+  found = [*(os.path.join(folder, given) for folder in folders), given]
+  path = next((path for path in found if os.path.exists(path)), found[0])
+  try:
+    real = os.path.realpath(path)
+    roots = [os.path.realpath(folder) for folder in folders]
+  except (OSError, ValueError):
+    return source  # no path of this machine: reading it says so
+  if any(os.path.commonpath([root, real]) == root for root in roots):
+    return path
+  raise UserError(
+    f'{where}: the image {given[:120]!r} lies outside the folder of the data; move it there, or '
+    'name its folder in data.image_folder.'
+  )
+
+
+def _is_data(source: Any) -> bool:
+  return isinstance(source, str) and source[:5].lower() == 'data:'
+
+
+def _is_remote(source: Any) -> bool:
+  return '://' in os.fspath(source)[:20]
+
+
 def read_image(
   source: Any, where: str = 'the image', pixel_limit: int = PIXEL_LIMIT
 ) -> Image.Image:
@@ -181,12 +219,12 @@ class ImageProcessor:
       )
     try:
       wrapped = Qwen2VLImageProcessorPil.from_pretrained(directory)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+      size = dict(wrapped.size)
+    except Exception as error:  # whatever transformers makes of odd values
       raise UserError(
         f'The image processor of {directory} cannot be read ({_first_line(error)}): it must be '
         'that of Qwen2-VL or Qwen3-VL.'
       ) from None
-    size = dict(wrapped.size)
     if not {'shortest_edge', 'longest_edge'} <= {k for k, v in size.items() if v}:
       raise UserError(
         f'The image processor of {directory} is of another family: its size is {size}, and '
@@ -195,7 +233,13 @@ class ImageProcessor:
     changed = {'shortest_edge': min_pixels, 'longest_edge': max_pixels}
     wrapped.size = {key: size[key] if value is None else value for key, value in changed.items()}
     processor = cls.__new__(cls)
-    processor._use(wrapped)
+    try:
+      processor._use(wrapped)
+    except (TypeError, AttributeError) as error:
+      raise UserError(
+        f'The image processor of {directory} holds a value of the wrong kind '
+        f'({_first_line(error)}): download it again.'
+      ) from None
     return processor
 
   def save(self, directory: str) -> None:
@@ -322,7 +366,7 @@ def _file(source: Any, where: str) -> io.BytesIO | io.BufferedReader:
     if not keys:
       raise UserError(f'{where}: the image has neither bytes nor a path; give one of them.')
     return _file(source[keys[0]], where)
-  if isinstance(source, str) and source[:5].lower() == 'data:':
+  if _is_data(source):
     head, comma, body = source.partition(',')
     if not comma or not head.lower().endswith(';base64'):
       raise UserError(
@@ -339,7 +383,7 @@ def _file(source: Any, where: str) -> io.BytesIO | io.BufferedReader:
       raise UserError(f'{where}: the image is empty, 0 bytes; repair it or remove the record.')
     return io.BytesIO(source)
   path = os.fspath(source)
-  if '://' in path[:20]:
+  if _is_remote(path):
     raise UserError(
       f'{where}: the image {path[:80]!r} is a remote address; download it first and give its path.'
     )

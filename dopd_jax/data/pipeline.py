@@ -270,6 +270,7 @@ def make_pipeline(
   loaders: Mapping[str, Loader] | None = None,
   privileged_kind: str = 'column',
   box_format: str = 'absolute',
+  image_folder: str = '',
 ) -> Pipeline:
   """Opens, tokenises and orders the sources of a curriculum: (source spec, number of batches)
   pairs.
@@ -287,6 +288,7 @@ def make_pipeline(
           loaders=loaders,
           privileged_kind=privileged_kind,
           box_format=box_format,
+          image_folder=image_folder,
         ),
         renderer,
         max_prompt_tokens=max_prompt_tokens,

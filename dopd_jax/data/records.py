@@ -1,12 +1,11 @@
 """One example as its columns, and the strict reading of a row into it."""
 
 import dataclasses
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dopd_jax.data import boxes as box_columns
-from dopd_jax.data.images import as_sources
+from dopd_jax.data.images import as_sources, inside
 from dopd_jax.errors import UserError
 
 # {'role': ..., 'content': ...}; the content is text, or parts: {'type': 'image'} stands for the
@@ -45,7 +44,8 @@ class Record:
     teacher: name of the teacher for this record, where a run has several.
     extra: all other columns, as they came.
     images: where the images come from, not decoded: what `dopd_jax.data.read_image` reads. Relative
-      paths of a file's rows are relative to the folder of that file where they exist there.
+      paths of a file's rows are relative to the folder of that file where they exist there, and
+      no path leads out of it.
     boxes: (x1, y1, x2, y2) each, in the units of `box_format`; of the one image of the record.
     labels: one a box.
     caption: what the image shows, in words.
@@ -77,7 +77,7 @@ def parse_record(
   columns: Mapping[str, str] | None = None,
   privileged_kind: str = 'column',
   box_format: str = 'absolute',
-  folder: str = '',
+  folders: Sequence[str] = (),
 ) -> Record:
   """Reads a row into a record.
 
@@ -95,10 +95,12 @@ def parse_record(
       size of the image is known (`tokenise`); the columns that it takes must be there, and
       privileged_context is left aside.
     box_format: of rows without a column box_format: 'absolute' or 'thousand'.
-    folder: where relative paths of images start.
+    folders: where relative paths of images start, and all paths must end; none for data that code
+      has made, which may name any file.
 
   Raises:
-    UserError: a missing column, an empty prompt, a value of the wrong type, impossible boxes.
+    UserError: a missing column, an empty prompt, a value of the wrong type, impossible boxes, an
+      image that lies outside the folders.
   """
   if not isinstance(row, Mapping):
     raise UserError(f'{where}: a record is an object with columns, not {_kind(row)}.')
@@ -148,7 +150,7 @@ def parse_record(
     verifier=_text(values['verifier'], 'verifier', where),
     teacher=_text(values['teacher'], 'teacher', where),
     extra={key: value for key, value in row.items() if key not in used_names | {used}},
-    images=tuple(_located(image, folder) for image in images),
+    images=tuple(inside(image, folders, where) for image in images) if folders else images,
     **pictured,
   )
 
@@ -176,16 +178,6 @@ def _images(
   if not given:
     return (), None
   return as_sources(row[given[0]], f'{where}: the column {given[0]}'), given[0]
-
-
-def _located(source: Any, folder: str) -> Any:
-  """A relative path that exists in the folder of the data, with that folder in front."""
-  if isinstance(source, Mapping) and source.get('bytes') is None:
-    return {**source, 'path': _located(source.get('path'), folder)}
-  if folder and isinstance(source, str) and len(source) < 1024 and '://' not in source:
-    path = os.path.join(folder, source)
-    return path if os.path.exists(path) else source
-  return source
 
 
 def _prompt(value: Any, name: str, where: str) -> tuple[str | list[Message], list[Any]]:

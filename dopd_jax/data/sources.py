@@ -47,13 +47,14 @@ class Rows(NamedTuple):
   rows: Sequence[Any]
   name: str
   place: Callable[[int], str]
-  folder: str = ''  # where relative paths in the rows start
+  folder: str = ''  # of a file: where paths in its rows start and end
 
 
 class Source(Sequence[Record]):
   """Records with random access; a row is read and parsed when it is asked for."""
 
-  def __init__(self, parts: Sequence[Rows], **options: Any):
+  def __init__(self, parts: Sequence[Rows], image_folder: str = '', **options: Any):
+    self._image_folder = [image_folder] if image_folder else []
     self._parts = [part for part in parts if len(part.rows)]
     self._ends = list(accumulate(len(part.rows) for part in self._parts))
     self._options = options
@@ -72,7 +73,7 @@ class Source(Sequence[Record]):
       part.rows[row],
       place,
       default_id=place.replace(' ', '-'),
-      folder=part.folder,
+      folders=[part.folder, *self._image_folder] if part.folder else [],
       **self._options,
     )
 
@@ -94,6 +95,7 @@ def open_source(
   loaders: Mapping[str, Loader] | None = None,
   privileged_kind: str = 'column',
   box_format: str = 'absolute',
+  image_folder: str = '',
 ) -> Source:
   """Opens a source and checks all of its records.
 
@@ -107,9 +109,12 @@ def open_source(
     privileged_kind: 'column' wants the contexts in the data; a key of `boxes.KINDS` wants what it
       takes instead, and `tokenise` (with the same option) makes the contexts of it.
     box_format: of boxes in rows without that column: 'absolute' (pixels) or 'thousand' (0 to 1000).
+    image_folder: where images of a file's rows may lie besides the folder of that file; '/' is
+      anywhere.
 
   Raises:
-    UserError: no such source, a broken row (with its line or number), two records with one id.
+    UserError: no such source, a broken row (with its line or number), two records with one id, an
+      image that lies elsewhere.
   """
   check_columns(columns)
   source = Source(
@@ -118,6 +123,7 @@ def open_source(
     columns=columns,
     privileged_kind=privileged_kind,
     box_format=box_format,
+    image_folder=image_folder,
   )
   if not len(source):
     raise UserError(f'{spec} holds no records.')
@@ -176,7 +182,7 @@ def _open(spec: str, loaders: Mapping[str, Loader]) -> list[Rows]:
   if not paths:
     schemes = ''.join(f', or {name}:...' for name in loaders)
     raise UserError(f'There is no data source {spec!r}: name {FORMATS}{schemes}.')
-  return [_file(path)._replace(folder=os.path.dirname(path)) for path in paths]
+  return [_file(path)._replace(folder=os.path.dirname(path) or '.') for path in paths]
 
 
 def _file(path: str) -> Rows:
@@ -252,7 +258,12 @@ class _ArrayRecordRows(Sequence[Any]):
   def __getitem__(self, index):
     import msgpack
 
-    entry = bytes(self._data[index])
+    try:
+      entry = bytes(self._data[index])
+    except (RuntimeError, ValueError, OSError) as error:  # pages carry hashes
+      raise UserError(
+        f'{self._name} record {index} is damaged ({_first_line(error)}): copy the file again.'
+      ) from None
     try:
       # An object in JSON starts with a brace; a map in msgpack never does.
       if entry.lstrip()[:1] == b'{':

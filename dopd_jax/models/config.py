@@ -1,6 +1,7 @@
 """What a model is: the fields of a Hugging Face `config.json` that change its arithmetic."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ _SIZES = (
   'num_hidden_layers',
   'num_attention_heads',
 )
+# One over the largest value of a size: far above any model, and small enough to count to.
+_BOUNDS = dict.fromkeys(_SIZES, 2**31) | {'num_hidden_layers': 2**14}
+_BOUNDS |= dict.fromkeys(('num_key_value_heads', 'head_dim', 'max_position_embeddings'), 2**31)
 _VISION_SIZES = ('depth', 'hidden_size', 'intermediate_size', 'num_heads', 'out_hidden_size')
 _VISION_PATCHES = (
   'patch_size',
@@ -80,6 +84,7 @@ class DecoderConfig:
   vision_end_token_id: int | None = None
 
   def __post_init__(self):
+    self._check_values()
     if self.num_attention_heads % self.num_key_value_heads:
       raise UserError(
         f'num_attention_heads={self.num_attention_heads} must be a multiple of '
@@ -102,6 +107,25 @@ class DecoderConfig:
       )
     if not self.qk_norm:
       raise UserError('A vision tower goes with the decoder of Qwen3: set qk_norm to true.')
+
+  def _check_values(self) -> None:
+    """What a file may say of any field, whatever the fields mean together."""
+    ids = (*_SPECIAL, *_VISION_IDS)
+    for field in dataclasses.fields(self):
+      name, value = field.name, getattr(self, field.name)
+      if name in _BOUNDS:
+        whole = type(value) is int and 1 <= value < _BOUNDS[name]
+        if not whole:
+          raise UserError(f'{name} must be a whole number from 1 and not {value!r:.80}.')
+      elif field.type in (float, 'float'):
+        if not (isinstance(value, float) and 0 <= value < math.inf):
+          raise UserError(f'{name} must be a number from 0, not {value!r:.80}.')
+      elif field.type in (bool, 'bool') and not isinstance(value, bool):
+        raise UserError(f'{name} must be true or false, not {value!r:.80}.')
+      elif name in ids and not (value is None or type(value) is int):
+        raise UserError(f'{name} must be the number of a token, not {value!r:.80}.')
+    if not all(type(i) is int for i in self.eos_token_ids):
+      raise UserError(f'eos_token_id must be numbers of tokens, not {self.eos_token_ids!r:.80}.')
 
   @property
   def model_type(self) -> str:

@@ -87,24 +87,33 @@ def resolve(path: str | os.PathLike) -> Path:
 
 def read_config(directory: Path) -> DecoderConfig:
   """The decoder that `config.json` describes, with the stop ids of `generation_config.json`."""
-  hf = _read_json(directory / 'config.json')
+  file = directory / 'config.json'
+  hf = _read_json(file)
   if (directory / 'generation_config.json').exists():
-    sources = _read_json(directory / 'generation_config.json'), hf, text_config(hf)
-    ids = [source.get('eos_token_id') for source in sources]
-    flat = [i for eos in ids for i in (eos if isinstance(eos, list) else [eos])]
-    hf['eos_token_id'] = list(dict.fromkeys(i for i in flat if i is not None))
+    given = _read_json(directory / 'generation_config.json')
+  else:
+    given = None
   try:
+    if given is not None:
+      ids = [source.get('eos_token_id') for source in (given, hf, text_config(hf))]
+      flat = [i for eos in ids for i in (eos if isinstance(eos, list) else [eos])]
+      hf['eos_token_id'] = list(dict.fromkeys(i for i in flat if i is not None))
     return DecoderConfig.from_hf(hf)
   except UserError as e:
-    raise UserError(f'{directory / "config.json"}: {e}') from e
+    raise UserError(f'{file}: {e}') from e
+  except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as e:
+    raise UserError(f'{file} holds a value of the wrong kind ({e}): download it again.') from e
 
 
 def _read_json(file: Path) -> dict[str, Any]:
   try:
-    return json.loads(file.read_text())
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+      raise ValueError('no object')
+    return content
   except FileNotFoundError as e:
     raise UserError(f'{file} does not exist: give a Hugging Face model directory.') from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f'{file} is not valid JSON ({e}): download or copy it again.') from e
 
 
@@ -112,10 +121,15 @@ def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
   """Every tensor of the directory's safetensors files, by name, unread."""
   sharded = (directory / _INDEX).exists()
   listed = _read_json(directory / _INDEX).get('weight_map', {}) if sharded else {}
+  # A name with a folder in it would lead to files that are not part of the model.
+  if not isinstance(listed, dict) or any(
+    not isinstance(name, str) or Path(name).name != name for name in listed.values()
+  ):
+    raise UserError(f'{directory / _INDEX} does not name files of its folder: download it again.')
   files = sorted(set(listed.values())) if sharded else ['model.safetensors']
   tensors: dict[str, Tensor] = {}
   for file in (directory / name for name in files):
-    if not file.exists():
+    if not os.path.exists(file):
       raise UserError(f'The weight file {file} does not exist: download or copy it again.')
     try:
       opened = stack.enter_context(safe_open(file, framework='np'))

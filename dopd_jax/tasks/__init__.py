@@ -60,7 +60,7 @@ def load(spec: str) -> list[dict[str, Any]]:
   options = {key: _literal(key, value) for key, value in pairs}
   for key in ('size', 'seed'):
     if not isinstance(options.get(key), int):
-      raise UserError(f'The task {spec!r} needs a whole number {key}: {name}?size=1000&seed=0.')
+      raise UserError(f'The task {spec!r} needs a whole number {key}, as in NAME?size=1000&seed=0.')
   return make_records(name, options.pop('size'), options.pop('seed'), **options)
 
 
@@ -69,5 +69,5 @@ def _literal(key: str, value: str) -> Any:
     return value
   try:
     return ast.literal_eval(value)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
     return value

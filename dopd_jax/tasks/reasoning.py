@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from dopd_jax.errors import UserError
+from dopd_jax.tasks import judge
 from dopd_jax.tasks.common import field, in_split
 from dopd_jax.tasks.hints import steps_without_results
 
@@ -20,6 +21,7 @@ HINTS = ('steps', 'none', 'answer', 'answer_steps', 'full', 'shuffled', 'partial
 _NEEDS_SOLUTION = ('steps', 'answer_steps', 'full', 'shuffled', 'partial')
 # reasoning_gym draws item i with seed + i: our seeds must lie further apart than a set is long.
 _SEED_STRIDE = 10_000_019
+_JUDGE = judge.Judge()
 _SAID = re.compile(r'answer(?:\s+is\b|\s*:)\s*:?[ \t]*(.+?)\s*(?:\.\s|\.?$)', re.I | re.M)
 
 
@@ -104,12 +106,18 @@ def verify(record: Any, completion: str) -> float:
       'metadata that the family made; keep it with the record.'
     )
   given = final_answer(completion)
-  if _number(answer) is not None:
+  if isinstance(answer, str) and _number(answer) is not None:
     # A family reads the first number that it finds, and knows no thousands separators.
     number = _last_number(given)
     given = given if number is None else number
   entry = {'question': field(record, 'prompt'), 'answer': answer, 'metadata': metadata}
-  reward = float(_dataset(family, size=1, seed=0).score_answer(given, entry))
+  try:
+    reward = _JUDGE.score(family, given, entry)
+  except (judge.Refused, TypeError, OSError) as error:
+    raise UserError(
+      f'Record {field(record, "id")}: {field(record, "verifier")} cannot judge it ({error}): '
+      'correct its verifier or metadata, or install reasoning_gym by pip install dopd_jax[tasks].'
+    ) from None
   # Some families give 0.01 to whatever looks like an answer: that is no part of being right.
   return 0.0 if reward <= 0.01 else min(reward, 1.0)
 
@@ -182,7 +190,8 @@ def _dataset(family: str, **options: Any):
   try:
     return reasoning_gym.create_dataset(family, **options)
   except (ValueError, TypeError, AssertionError) as error:
-    raise UserError(f'reasoning_gym cannot make {family} with {options}: {error}.') from None
+    reason = ' '.join(str(error).split())
+    raise UserError(f'reasoning_gym cannot make {family!r} with {options}: {reason}.') from None
 
 
 def _solution(entry: dict[str, Any], key: str | None) -> str | None:

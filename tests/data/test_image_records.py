@@ -104,19 +104,50 @@ def test_mistakes_in_a_row(row, words):
 def test_paths_are_relative_to_the_file_of_the_rows(tmp_path, monkeypatch):
   (tmp_path / 'data' / 'images').mkdir(parents=True)
   (tmp_path / 'data' / 'images' / 'a.png').write_bytes(png())
-  (tmp_path / 'here.png').write_bytes(png(8, 8))
+  (tmp_path / 'more').mkdir()
+  (tmp_path / 'more' / 'b.png').write_bytes(png(8, 8))
   rows = [
     {**ROW, 'image': 'images/a.png'},
     {**ROW, 'image': {'bytes': None, 'path': 'images/a.png'}},
-    {**ROW, 'image': 'here.png'},
-    {**ROW, 'image': str(tmp_path / 'here.png')},
+    {**ROW, 'image': 'data/images/a.png'},  # from where the command runs
+    {**ROW, 'image': str(tmp_path / 'data' / 'images' / 'a.png')},
+    {**ROW, 'image': 'b.png'},
+    {**ROW, 'image': str(tmp_path / 'more' / 'b.png')},
   ]
   path = tmp_path / 'data' / 'rows.jsonl'
   path.write_text('\n'.join(map(json.dumps, rows)))
   monkeypatch.chdir(tmp_path)
   for spec in (str(path), 'data/rows.jsonl', 'data/*.jsonl'):
-    sizes = [e.sizes for e in make(open_source(spec)).examples]
-    assert sizes == [((16, 16),)] * 2 + [((8, 8),)] * 2
+    source = open_source(spec, image_folder=str(tmp_path / 'more'))
+    assert [e.sizes for e in make(source).examples] == [((16, 16),)] * 4 + [((8, 8),)] * 2
+
+
+@pytest.mark.parametrize('how', ['dots', 'absolute', 'link', 'part', 'mapping', 'long', 'cwd'])
+def test_no_path_leads_out_of_the_folder_of_the_data(tmp_path, monkeypatch, how):
+  secret = tmp_path / 'secret.png'
+  secret.write_bytes(png())
+  folder = tmp_path / 'data'
+  folder.mkdir()
+  (folder / 'link.png').symlink_to(secret)
+  (tmp_path / 'data2').mkdir()  # begins like the folder and is another
+  (tmp_path / 'data2' / 'x.png').write_bytes(png())
+  image = {
+    'dots': '../secret.png',
+    'absolute': str(secret),
+    'link': 'link.png',
+    'part': str(tmp_path / 'data2' / 'x.png'),
+    'mapping': {'bytes': None, 'path': '../secret.png'},
+    'long': './' * 600 + '../secret.png',
+    'cwd': 'secret.png',
+  }[how]
+  path = folder / 'rows.jsonl'
+  path.write_text(json.dumps({**ROW, 'id': 'p7', 'image': image}))
+  monkeypatch.chdir(folder if how != 'cwd' else tmp_path)
+  for spec in (str(path), *(['rows.jsonl'] if how != 'cwd' else [])):
+    with pytest.raises(UserError, match=r'record p7: the image .*outside.*data.image_folder'):
+      open_source(spec)
+  # Who trusts the data says so.
+  assert make(open_source(str(path), image_folder='/')).examples[0].sizes == ((16, 16),)
 
 
 def test_hugging_face_parquet_and_array_record(tmp_path):
