@@ -19,9 +19,12 @@ PACKAGE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'dopd_jax'
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses the flags, runs `main`, and exits: 0 done, 2 for a `UserError`, 130 for an interrupt."""
-  app.run(lambda _: _guarded(main), flags_parser=_parse)
+def run(main: Callable[[], None], before: Callable[[], None] = lambda: None) -> None:
+  """Parses the flags, runs `main`, and exits: 0 done, 2 for a `UserError`, 130 for an interrupt.
+
+  `before` runs before jax has looked for devices.
+  """
+  app.run(lambda _: _guarded(main, before), flags_parser=_parse)
 
 
 def config_of(holder) -> configs.Config:
@@ -63,10 +66,11 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(f'bad --config override: {_sentence(error)}')
 
 
-def _guarded(main: Callable[[], None]) -> None:
+def _guarded(main: Callable[[], None], before: Callable[[], None]) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   logging.get_absl_handler().addFilter(_ours_or_serious)
   try:
+    before()
     keep_compilations()
     main()
   except UserError as error:
