@@ -107,6 +107,7 @@ def get_config(arg=''):
   c.rollout.max_new_tokens = 4096  # not given by the paper
   c.optimizer.warmup_steps = 10  # not given by the paper
   c.microbatch = 64
+  c.rollout.gather_weights = True
   c.checkpoint.every = 20
   c.checkpoint.best = ''
   if a.settings == 'published':

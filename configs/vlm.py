@@ -61,6 +61,7 @@ def get_config(arg=''):
   c.optimizer.warmup_steps = 10  # not given by the paper
   c.freeze = 'vision'  # not given by the paper
   c.microbatch = 64
+  c.rollout.gather_weights = True
   c.checkpoint.every = 20
   c.checkpoint.best = ''
   if a.settings == 'published':

@@ -19,17 +19,20 @@ PACKAGE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'dopd_jax'
 
 
-def run(main: Callable[[], None], several: bool = False) -> None:
+def run(
+  main: Callable[[], None], several: bool = False, before: Callable[[], None] = lambda: None
+) -> None:
   """Parses the flags, runs `main`, and exits: 0 done, 2 for a `UserError`, 130 for an interrupt.
 
   Args:
     main: the command.
     several: whether it can run on several processes.
+    before: runs before jax has looked for devices.
   """
 
   def together(_):
     with distributed.ending_together():
-      _guarded(main, several)
+      _guarded(main, several, before)
 
   app.run(together, flags_parser=_parse)
 
@@ -73,10 +76,11 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(f'bad --config override: {_sentence(error)}')
 
 
-def _guarded(main: Callable[[], None], several: bool) -> None:
+def _guarded(main: Callable[[], None], several: bool, before: Callable[[], None]) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   logging.get_absl_handler().addFilter(_ours_or_serious)
   try:
+    before()
     distributed.start(several)
     keep_compilations()
     main()

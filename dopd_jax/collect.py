@@ -223,8 +223,8 @@ class Ahead:
     return self._collect.start(params, next(self._pipeline), step, rollout)
 
 
-def make_sample(config: Config, pair: Pair, objective: Objective, mesh: Any) -> Callable:
-  """(params, prompts by name, images by view, examples, step) -> a Rollout on the mesh."""
+def make_rollout(config: Config, pair: Pair, objective: Objective) -> Callable:
+  """The student's sampler with the settings of a run: `evaluation.make_generate`."""
   r = config.rollout
   sampling = Sampling(
     max_new_tokens=r.max_new_tokens,
@@ -239,14 +239,19 @@ def make_sample(config: Config, pair: Pair, objective: Objective, mesh: Any) -> 
   )
   for note in sampling_notes(pair.student.generation_config, sampling):
     logging.info('%s', note)
-  generate = evaluation.make_generate(pair.student.model, sampling, pair)
+  return evaluation.make_generate(pair.student.model, sampling, pair, r.gather_weights)
+
+
+def make_sample(config: Config, pair: Pair, objective: Objective, mesh: Any) -> Callable:
+  """(params, prompts by name, images by view, examples, step) -> a Rollout on the mesh."""
+  generate = make_rollout(config, pair, objective)
   run_key = jax.random.key(config.seed)
 
   def sample(params, by_context, images, examples, step):
     own = (images or {}).get(objective.student.image)
     index = np.array([e.draw for e in examples], np.uint32)
     key = jax.random.fold_in(run_key, step)
-    once = r.prompts_at_once or len(examples)
+    once = config.rollout.prompts_at_once or len(examples)
     parts = []
     for i in range(0, len(examples), once):
       part = slice(i, i + once)

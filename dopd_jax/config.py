@@ -8,6 +8,7 @@ value of the wrong type or out of its range is a `UserError` that says what to w
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -91,6 +92,7 @@ class Rollout:
   prompts_at_once: int = 0  # memory: sample this many prompts at a time; 0 is all
   slots: int = 0  # memory: decode this many completions at once, others wait; 0 is all
   kv_cache: str = 'compute'  # memory: keys and values in the compute dtype, or 'int8'
+  gather_weights: bool = False  # speed: sampling gathers the weights over `fsdp` once, not a token
   lag: int = 0  # 1: the next batch is sampled, by weights one update old, while this one trains
 
 
@@ -177,7 +179,14 @@ class Config:
 # In an existing workdir these may change: they decide when, not what.
 CADENCE = ('log.', 'evaluation.every', 'checkpoint.every', 'checkpoint.keep')
 # These too, since they decide memory and speed: results change by rounding alone.
-MEMORY = ('microbatch', 'head_tile', 'remat', 'rollout.slots', 'rollout.prompts_at_once')
+MEMORY = (
+  'microbatch',
+  'head_tile',
+  'remat',
+  'rollout.slots',
+  'rollout.prompts_at_once',
+  'rollout.gather_weights',
+)
 
 
 def default(method: str = 'dopd', **changes: Any) -> ml_collections.ConfigDict:
@@ -203,6 +212,13 @@ def validate(cfg: ml_collections.ConfigDict) -> Config:
   config = _from_dict(Config(objective=objectives.METHODS[method]()), values, '')
   _check(config)
   return config
+
+
+def changed(config: Config, settings: Mapping[str, Any]) -> Config:
+  """The config with other values of settings, by their dotted names; checked as `validate` does."""
+  values = ml_collections.ConfigDict(_to_dict(config))
+  values.update_from_flattened_dict(dict(settings))
+  return validate(values)
 
 
 def rows_of_batches(c: Config, objective: objectives.Objective) -> list[int]:

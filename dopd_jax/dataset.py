@@ -50,7 +50,7 @@ def open_pipeline(config: Config, pair: Pair, objective: Objective) -> Pipeline:
     loaders=LOADERS,
     privileged_kind=data.privileged_kind,
     box_format=data.box_format,
-      image_folder=data.image_folder,
+    image_folder=data.image_folder,
   )
   if pipeline.length is not None and pipeline.length < config.steps:
     raise UserError(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
-from dopd_jax import collate, report, sharding, sight, tasks
+from dopd_jax import collate, models, report, sharding, sight, tasks
 from dopd_jax.data import Example
 from dopd_jax.models import Model
 from dopd_jax.policies import Pair
@@ -62,10 +62,14 @@ def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
   ]
 
 
-def make_generate(model: Model, sampling: Sampling, pair: Pair) -> Callable[..., Any]:
+def make_generate(
+  model: Model, sampling: Sampling, pair: Pair, gather: bool = False
+) -> Callable[..., Any]:
   """The native sampler of one of a pair's models, jitted.
 
   Its arguments are (params, Prompt, key, record_index, images=None), and it returns a Rollout.
+  With `gather` the weights are brought together over `fsdp` before the first token, in the compute
+  dtype; else every token gathers them anew, layer by layer.
   """
   sample = make_sampler(
     model,
@@ -78,6 +82,8 @@ def make_generate(model: Model, sampling: Sampling, pair: Pair) -> Callable[...,
 
   def generate(params, prompt, key, record_index, images=None):
     valid = np.arange(prompt.tokens.shape[1])[None, :] < prompt.length[:, None]
+    if gather:
+      params = sharding.gather(models.held(params, model.compute_dtype))
     seen = {}
     if images is not None:
       assert model.see is not None, 'images are for a model that sees'

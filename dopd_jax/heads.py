@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dopd_jax.losses import head as fused
 from dopd_jax.losses.head import Part, Rows, Setting, TokenView
 from dopd_jax.objectives import Signals
-from dopd_jax.sharding import AXES, ROWS
+from dopd_jax.sharding import AXES, ROWS, constrain_table
 
 # By the names in the rules. `hidden` is [b, N, D], `rows` [b]; heads may have unequal tables.
 Sources = Mapping[str, Sequence[Part]]
@@ -96,7 +96,7 @@ def grads(
 
 def total(d_head: Float[Array, 'devices V D'], head: Float[Array, 'V D']) -> Float[Array, 'V D']:
   """The gradient of the whole head."""
-  found = jnp.sum(d_head, axis=0)
+  found = constrain_table(jnp.sum(d_head, axis=0))
   return jnp.pad(found, ((0, head.shape[0] - found.shape[0]), (0, 0)))
 
 

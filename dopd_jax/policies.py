@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
   """A policy that can be run."""
 
   model: Model
-  params: Any  # float32, sharded
+  params: Any  # sharded; the student's float32, others' as `models.held` has them
   directory: Path | None  # None: made at random
   generation_config: dict[str, Any]
 
@@ -94,6 +94,7 @@ def load_pair(config: Config, mesh: jax.sharding.Mesh, weights: Collection[str] 
     directory = locate(policy)
     check_tokenizers(tokenizer, directory)
     loaded = load(policy, directory, seed=config.seed)
+    loaded = loaded._replace(params=models.held(loaded.params, dtype))
     if kind == 'teacher':
       check_different(student, loaded)
     theirs = stop_ids_from(tokenizer.eos_token_id, loaded.generation_config)
@@ -162,10 +163,10 @@ def load_sight(config: Config, everyone: list[Loaded], tokenizer: Any) -> Sight 
   return Sight(ImageInputs(first, token), student, data.patch_bucket)
 
 
-def compute_dtype(name: str) -> Any:
-  """`auto` is bfloat16 where the platform computes in it, float32 on CPU."""
+def compute_dtype(name: str, platform: str = '') -> Any:
+  """`auto` is bfloat16 where the platform, by default jax's own, computes in it; float32 on CPU."""
   if name == 'auto':
-    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    name = 'float32' if (platform or jax.default_backend()) == 'cpu' else 'bfloat16'
   return jnp.dtype(name)
 
 
@@ -252,7 +253,8 @@ def check_different(student: Loaded, teacher: Loaded) -> None:
   shapes = [jax.tree.map(jnp.shape, x.params) for x in (student, teacher)]
   if shapes[0] != shapes[1]:
     return
-  same = jax.tree.map(lambda a, b: jnp.array_equal(a, b), student.params, teacher.params)
+  equal = lambda mine, theirs: jnp.array_equal(mine.astype(theirs.dtype), theirs)
+  same = jax.tree.map(equal, student.params, teacher.params)
   if all(map(bool, jax.tree.leaves(same))):
     raise UserError(
       'teacher and student have the same parameters, so the teacher can teach nothing: set '

@@ -141,7 +141,40 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
   Without it XLA may split an activation's width the way its weight is split, and gather the rows.
   """
+  return _constrain(x, ROWS)
+
+
+def constrain_columns(x: jax.Array) -> jax.Array:
+  """As `constrain_rows` for logits [B, V]: columns split over `tensor`, as the head is."""
+  return _constrain(x, P(*ROWS, 'tensor'))
+
+
+def constrain_table(x: jax.Array) -> jax.Array:
+  """Keeps the gradient of a head [V, D] split as the head is, rather than whole everywhere."""
+  return _constrain(x, spec('lm_head'))
+
+
+def gather(params: Any) -> Any:
+  """Inside jit, under `jax.set_mesh`: parameters whole along `fsdp`, still split over `tensor`."""
   mesh = jax.sharding.get_abstract_mesh()
-  if not {'data', 'fsdp'} <= set(mesh.auto_axes):
+  if not set(AXES) <= set(mesh.auto_axes):
+    return params
+
+  def one(x, where):
+    axes = (None if axis == 'fsdp' else axis for axis in where.spec)
+    return jax.lax.with_sharding_constraint(x, P(*axes))
+
+  return jax.tree.map(one, params, param_shardings(params, mesh))
+
+
+def tensor_shards() -> int:
+  """The size of `tensor` on the mesh of `jax.set_mesh`; 1 without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.shape['tensor'] if 'tensor' in mesh.auto_axes else 1
+
+
+def _constrain(x: jax.Array, where: P) -> jax.Array:
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(AXES) <= set(mesh.auto_axes):
     return x
-  return jax.lax.with_sharding_constraint(x, ROWS)
+  return jax.lax.with_sharding_constraint(x, where)

@@ -74,14 +74,18 @@ def create(params: Any, tx: optax.GradientTransformation, objective: Objective) 
 
 def place(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
   """The state with every array where `sharding` says, so that no step compiles twice."""
-  where: Any = TrainState(
+  return jax.device_put(state, shardings(state, mesh))
+
+
+def shardings(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
+  """Where every array of a state, or of its shapes, lies."""
+  return TrainState(
     step=sharding.replicated(mesh),  # type: ignore[arg-type] (shardings in the state's shape)
     params=sharding.param_shardings(state.params, mesh),
     opt_state=sharding.param_shardings(state.opt_state, mesh),
     ema=sharding.param_shardings(state.ema, mesh),
     frozen=sharding.param_shardings(state.frozen, mesh),
   )
-  return jax.device_put(state, where)
 
 
 def abstract(state: TrainState) -> TrainState:

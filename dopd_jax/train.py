@@ -215,7 +215,8 @@ def make_judge(config: Config, pair: Pair, held_out: Sequence[Example], mesh: An
     min(len(held_out) or 1, config.rollout.prompts * config.rollout.samples), mesh
   )
   judge = evaluation.Judge(held_out, pair, mesh, rows, config.data.prompt_bucket, config.seed)
-  one = lambda model: evaluation.make_generate(model, sampling, pair)
+  gather = config.rollout.gather_weights
+  one = lambda model: evaluation.make_generate(model, sampling, pair, gather)
   student = one(pair.student.model)
 
   def look(params, progress, given=None):

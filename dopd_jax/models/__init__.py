@@ -16,6 +16,7 @@ published sizes, `weights` and `names` Hugging Face directories, `gguf` llama.cp
 
 from dopd_jax.models.config import DecoderConfig
 from dopd_jax.models.decoder import Cache, Model, Params, build, drop_layers
+from dopd_jax.models.parameters import held
 from dopd_jax.models.positions import vision_positions
 from dopd_jax.models.presets import PRESETS
 from dopd_jax.models.vision import Features, Images, VisionConfig
@@ -32,6 +33,7 @@ __all__ = [
   'VisionConfig',
   'build',
   'drop_layers',
+  'held',
   'load',
   'resolve',
   'save',

@@ -86,6 +86,7 @@ class Model(NamedTuple):
   head(params) -> [V, D]                   tied: the embedding table
   see(params, images) -> Features          the vision tower; None for a model of text alone
   quantize(cache) -> Cache                 the same in int8, with scales
+  compute_dtype                            of activations
   """
 
   config: DecoderConfig
@@ -95,6 +96,7 @@ class Model(NamedTuple):
   head: Callable[[Params], Array]
   see: Callable[[Params, Images], Features] | None = None
   quantize: Callable[[Cache], Cache] = quantize
+  compute_dtype: Any = jnp.float32
 
 
 def build(config: DecoderConfig, *, compute_dtype: Any = jnp.float32, remat: bool = True) -> Model:
@@ -138,7 +140,7 @@ def build(config: DecoderConfig, *, compute_dtype: Any = jnp.float32, remat: boo
     return params['embedding' if config.tie_word_embeddings else 'lm_head']
 
   see = None if config.vision is None else _see(config.vision, compute_dtype, remat)
-  return Model(config, init, forward, init_cache, head, see)
+  return Model(config, init, forward, init_cache, head, see, compute_dtype=compute_dtype)
 
 
 def _see(config: VisionConfig, dtype: Any, remat: bool) -> Callable[[Params, Images], Features]:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dopd_jax import sharding
 from dopd_jax.errors import UserError
 from dopd_jax.rollout import caches
 from dopd_jax.rollout.filters import filter_logits
@@ -196,7 +197,10 @@ def categorical(
   """
   B, V = logits.shape
   top = jnp.max(logits, axis=-1, keepdims=True)
-  mass = jnp.pad(jnp.exp(logits - top), ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
+  # Every shard of the vocabulary has whole blocks, so that no logits travel but at its edges.
+  pad = -V % (_BLOCK * sharding.tensor_shards())
+  mass = sharding.constrain_columns(jnp.pad(jnp.exp(logits - top), ((0, 0), (0, pad))))
+  mass = mass.reshape(B, -1, _BLOCK)
   block_mass = jnp.sum(mass, axis=-1)
   uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
