@@ -178,19 +178,20 @@ def make_steps(
     @jax.jit
     def rows(params, images, index, batch):
       head = model.head(params)
-      batch = (*batch, look(model, params, images, count_rows(batch)))
+      prompt, tokens, mask = batch
+      length = pairing.packed_length(prompt.length, mask)
+      features = look(model, params, images, count_rows(batch))
+      whole = prompt, tokens, mask, features, length
       if index is not None:
-        batch = jax.tree.map(lambda x: x[index], batch)
+        whole = jax.tree.map(lambda x: x[index], whole)
 
       def micro(x):
-        prompt, tokens, mask, _ = x
-        read = lambda width: trunk(model, params, *x, width)
-        longest = jnp.max(pairing.packed_length(prompt.length, mask))
-        hidden = at_width(read, prompt.tokens.shape[1] + tokens.shape[1], longest)
+        prompt, tokens, mask, features, length = x
+        read = lambda width: trunk(model, params, prompt, tokens, mask, features, width)
+        hidden = at_width(read, prompt.tokens.shape[1] + tokens.shape[1], jnp.max(length))
         return hidden, heads.signals(setting, hidden, head, tokens, mask)
 
-      length = pairing.packed_length(batch[0].length, batch[2])
-      return over_rows_by_length(micro, batch, length, microbatch)
+      return over_rows_by_length(micro, whole, whole[-1], microbatch)
 
     return rows
 
