@@ -274,6 +274,8 @@ def ending_together() -> Iterator[None]:
       traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:  # jax aborts the others with it, who may have made the same mistake
+    if (
+      jax.process_index() == 0
+    ):  # jax aborts the others with it, who may have made the same mistake
       time.sleep(2)
     os._exit(code if isinstance(code, int) else 1)
