@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -230,6 +231,41 @@ def both(tmp_path_factory):
   """Two processes with a device each: the workdir, and what they said."""
   workdir = tmp_path_factory.mktemp('both') / 'run'
   return workdir, ended(start(train(workdir), 2), [0, 0])
+
+
+ROWS = """
+import json, jax, numpy as np
+from dopd_jax import collate, distributed, sharding
+distributed.start()
+found = []
+for sizes, order in (
+  ((4, 1, 1), (0, 1, 2, 3)), ((4, 1, 1), (0, 2, 1, 3)), ((1, 2, 2), (0, 1, 2, 3)),
+  ((1, 2, 2), (0, 2, 1, 3)), ((1, 1, 4), (0, 1, 2, 3)),
+):
+  mesh = sharding.make_mesh(*sizes, devices=[jax.devices()[i] for i in order])
+  own = sharding.own_rows(mesh, 8)
+  x = np.full((8, 3), -1, np.int32)
+  x[own] = own[:, None]  # what the other process holds is not known here
+  with jax.set_mesh(mesh):
+    rows = collate.put(x, mesh)
+    for layout in (sharding.rows(mesh), sharding.replicated(mesh)):
+      again = jax.device_put(rows, layout)
+      assert (collate.mine(again, mesh) == own[:, None]).all()
+      assert (collate.fetch(again) == np.arange(8)[:, None]).all()
+  found.append(own.tolist())
+assert distributed.first(jax.process_index() + 5) == 5
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_rows_are_split_without_loss_or_overlap():
+  """Two processes of two devices: in order, interleaved, and with the model over both of them."""
+  told = ended(start([sys.executable, '-c', ROWS], 2, devices=2), [0, 0])
+  first, second = (json.loads(out.splitlines()[-1]) for out, _ in told)
+  everything = list(range(8))
+  assert first == [[0, 1, 2, 3], [0, 1, 4, 5], [0, 1, 2, 3], everything, everything]
+  assert second == [[4, 5, 6, 7], [2, 3, 6, 7], [4, 5, 6, 7], everything, everything]
 
 
 @pytest.mark.slow
