@@ -274,8 +274,7 @@ def ending_together() -> Iterator[None]:
       traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    if (
-      jax.process_index() == 0
-    ):  # jax aborts the others with it, who may have made the same mistake
-      time.sleep(2)
+    with contextlib.suppress(RuntimeError):  # no device could be started
+      if jax.process_index() == 0:  # jax aborts the others with it, who may have the same to say
+        time.sleep(2)
     os._exit(code if isinstance(code, int) else 1)

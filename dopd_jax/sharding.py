@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,7 +55,9 @@ def make_mesh(
 ) -> Mesh:
   """A mesh over all devices; at most one size is -1 and takes the devices that are left.
 
-  Raises: UserError if the sizes don't multiply to the number of devices.
+  Between several slices of TPUs, and nodes of GPUs where it can, runs the `data` axis alone.
+
+  Raises: UserError if the sizes don't multiply to the number of devices, or don't fit the slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   count = len(devices)
@@ -72,7 +75,23 @@ def make_mesh(
     )
   shape = tuple(count // fixed if size == -1 else size for size in sizes.values())
   auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+  # Slices of TPUs, or nodes of GPUs: networks between them are slower than those inside.
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+  if shape[0] % slices == 0:
+    inside, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    found = mesh_utils.create_hybrid_device_mesh(
+      inside, between, devices, allow_split_physical_axes=True
+    )
+  elif devices[0].platform == 'tpu':
+    raise UserError(
+      f'mesh.data ({shape[0]}) must be a multiple of the {slices} slices of TPUs, so that '
+      'gradients alone cross the network between them'
+    )
+  else:
+    found = mesh_utils.create_device_mesh(shape, devices)
+  return Mesh(found, AXES, axis_types=auto)
 
 
 def spec(name: str) -> P:

@@ -1,5 +1,7 @@
 """The mesh, one rule a parameter, and results that don't depend on either."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,27 @@ def test_mesh(asked, shape):
 def test_a_mesh_that_does_not_fit(asked, words):
   with pytest.raises(UserError, match=words):
     sharding.make_mesh(**asked)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfASlice:
+  id: int
+  slice_index: int
+  platform: str
+  device_kind: str = 'fake'
+
+
+def test_between_slices_and_nodes_runs_the_data_axis():
+  parts = lambda mesh: [{device.slice_index for device in part.flat} for part in mesh.devices]
+  tpus = [OfASlice(i, i % 2, 'tpu') for i in range(8)]
+  with pytest.raises(UserError, match=r'mesh.data \(1\) must be a multiple of the 2 slices'):
+    sharding.make_mesh(1, -1, 2, devices=tpus)
+  nodes = [OfASlice(i, i % 2, 'gpu') for i in range(8)]
+  mesh = sharding.make_mesh(2, -1, 2, devices=nodes)
+  assert mesh.axis_names == sharding.AXES and mesh.devices.shape == (2, 2, 2)
+  assert parts(mesh) == [{0}, {1}]
+  # Parameters may be split over nodes of GPUs.
+  assert parts(sharding.make_mesh(1, -1, 2, devices=nodes)) == [{0, 1}]
 
 
 def shapes(config):
