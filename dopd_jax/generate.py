@@ -49,8 +49,7 @@ def generate(
 
   Raises:
     UserError: a model or data that can't be read, or `out` that can't be written. Nothing partial
-    is
-      left then.
+      is left then.
   """
   mesh = sharding.make_mesh(1, -1, 1)
   config = Config(student=Policy(path=model), seed=seed)
