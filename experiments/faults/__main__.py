@@ -78,7 +78,11 @@ def faults(count: int) -> list[Fault]:
     ),
     Fault('memory', 'a bucket of prompts that fits no memory', sentence, numbers.memory, 1),
     Fault(
-      'clock', 'the wall clock jumps', 'equal to the unbroken run, sane times', numbers.clocks, 2
+      'clock',
+      'the wall clock jumps',
+      f'sane times, or a save that fails with one sentence; {goes_on}',
+      numbers.clocks,
+      2,
     ),
   ]
 
