@@ -208,10 +208,12 @@ class Checkpoints:
     logging.debug('checkpoint at step %d', step, exc_info=error)
     steps = [s for s in self.steps() if s != step]
     last = f'the last good one is step {steps[-1]}' if steps else 'there is none before it'
-    text = disk_reason(error) or ' '.join(str(error).split())[:200]
+    text = disk_reason(error)
+    cure = 'make room or choose a workdir that can be written, then ' if text else ''
+    text = text or ' '.join(str(error).split())[:200]
     return UserError(
-      f'the checkpoint at step {step} could not be saved in {self._root} ({text}): make room or '
-      f'choose a workdir that can be written, then start again; {last}'
+      f'the checkpoint at step {step} could not be saved in {self._root} ({text}): {cure}start '
+      f'again; {last}'
     )
 
 

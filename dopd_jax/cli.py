@@ -93,7 +93,7 @@ def _guarded(main: Callable[[], None], several: bool, before: Callable[[], None]
     if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY not in str(error):
       raise
     _fail(
-      f'out of memory ({_sentence(error)[:160]}): lower microbatch, head_tile or '
+      f'out of memory ({" ".join(str(error).split())[:160]}): lower microbatch, head_tile or '
       'rollout.prompts_at_once (rollout.slots where completions are of uneven length), and start '
       'again; finished checkpoints are kept'
     )

@@ -106,7 +106,7 @@ def read_examples(config: Config, pair: policies.Pair) -> tuple[list[Example], C
   """Examples with their completions, ids exactly as given; and the config with its N."""
   room = min(x.model.config.max_position_embeddings for x in pair.policies.values())
   examples = tokenise(
-    open_source(config.data.train, loaders=dataset.LOADERS),
+    open_source(config.data.train, loaders=dataset.LOADERS, image_folder=config.data.image_folder),
     dataset.renderer(config, pair),
     max_prompt_tokens=sys.maxsize,
     max_completion_tokens=sys.maxsize,
@@ -244,7 +244,7 @@ def main() -> None:
     objective=Dopd(k=FLAGS.k, trim=FLAGS.trim, scope=FLAGS.scope),
     student=Policy(path=FLAGS.student),
     teacher=Policy(path=FLAGS.teacher),
-    data=Data(train=FLAGS.data),
+    data=Data(train=FLAGS.data, image_folder=FLAGS.image_folder),
     rollout=Rollout(max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature),
     seed=FLAGS.seed,
   )
@@ -255,6 +255,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('teacher', None, 'Hugging Face directory or hub name.')
   flags.DEFINE_string('student', None, 'Hugging Face directory or hub name.')
   flags.DEFINE_string('data', None, 'Records with prompt and privileged_context.')
+  flags.DEFINE_string('image_folder', '', 'Where images may lie besides the folder of the data.')
   flags.DEFINE_string('out', None, 'Directory to write into.')
   flags.DEFINE_integer('max_new_tokens', 0, 'Longest sampled completion; 0: up to 256 tokens.')
   flags.DEFINE_float('temperature', 1.0, 'Of sampled completions; 0 is greedy.')

@@ -43,20 +43,20 @@ def generate(
   *,
   seed: int = 0,
   batch: int = 32,
+  image_folder: str = '',
 ) -> int:
   """Writes one JSON line a completion to `out`; returns how many.
 
   Raises:
     UserError: a model or data that can't be read, or `out` that can't be written. Nothing partial
-    is
-      left then.
+      is left then.
   """
   mesh = sharding.make_mesh(1, -1, 1)
   config = Config(student=Policy(path=model), seed=seed)
   pair = policies.load_pair(config, mesh)
   room = pair.student.model.config.max_position_embeddings
   examples = tokenise(
-    open_source(data, privileged='none', loaders=dataset.LOADERS),
+    open_source(data, privileged='none', loaders=dataset.LOADERS, image_folder=image_folder),
     dataset.renderer(config, pair),
     max_prompt_tokens=sys.maxsize,
     on_too_long='error',
@@ -114,12 +114,21 @@ def main() -> None:
     top_p=FLAGS.top_p,
     min_p=FLAGS.min_p,
   )
-  generate(FLAGS.model, FLAGS.data, FLAGS.out, sampling, seed=FLAGS.seed, batch=FLAGS.batch)
+  generate(
+    FLAGS.model,
+    FLAGS.data,
+    FLAGS.out,
+    sampling,
+    seed=FLAGS.seed,
+    batch=FLAGS.batch,
+    image_folder=FLAGS.image_folder,
+  )
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('model', None, 'Hugging Face directory or hub name.')
   flags.DEFINE_string('data', None, 'Records with a column prompt: .jsonl, .parquet, task:..., ...')
+  flags.DEFINE_string('image_folder', '', 'Where images may lie besides the folder of the data.')
   flags.DEFINE_string('out', None, 'The .jsonl to write.')
   flags.DEFINE_float('temperature', 1.0, '0 is greedy.')
   flags.DEFINE_integer('top_k', 0, '0 is off.')

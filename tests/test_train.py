@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dopd_jax import checkpoint, glossary, models, policies, report, sharding, tasks, train
+from dopd_jax import checkpoint, dataset, glossary, models, policies, report, sharding, tasks, train
 from dopd_jax import config as configs
 from dopd_jax.errors import Stopped, UserError
 from tests import pairs
@@ -98,6 +98,49 @@ def test_a_workdir_keeps_its_config(finished):
   run(finished, log__every=7)  # cadence may change
   with pytest.raises(UserError, match=r'belongs to another config.*seed \(was 0, is 1\)'):
     run(finished, seed=1)
+
+
+def cut_off(finished, workdir):
+  """The finished run as it was at its first checkpoint."""
+  shutil.copytree(finished, workdir)
+  shutil.rmtree(workdir / 'checkpoints' / '00000004')
+  return workdir
+
+
+def test_who_ran_out_of_memory_goes_on_with_other_memory_settings(finished, tmp_path, caplog):
+  workdir = cut_off(finished, tmp_path / 'run')
+  with caplog.at_level('INFO'):
+    run(workdir, microbatch=16, remat=False)
+  assert 'Rounding may differ' in caplog.text and 'microbatch (was 8, is 16)' in caplog.text
+  for row, before in zip(rows(workdir), rows(finished), strict=True):
+    assert row['train/loss' if row['step'] else 'eval/accuracy'] == pytest.approx(
+      before['train/loss' if row['step'] else 'eval/accuracy'], rel=1e-3
+    )
+
+
+def test_a_damaged_newest_checkpoint_costs_one_interval(finished, tmp_path, caplog):
+  shutil.copytree(finished, tmp_path / 'run')
+  (tmp_path / 'run' / 'checkpoints' / '00000004' / 'run.json').write_text('{}')
+  with caplog.at_level('INFO'):
+    run(tmp_path / 'run')
+  assert '00000004 is damaged' in caplog.text and 'Going on from step 2 of 4' in caplog.text
+  assert rows(tmp_path / 'run') == rows(finished)
+
+
+def test_data_that_changed_between_runs_are_noticed(finished, tmp_path, monkeypatch):
+  """Also where no prompt did: the answers of the held-out problems judge the run."""
+  workdir = cut_off(finished, tmp_path / 'run')
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  load = dataset.LOADERS['task']
+
+  def other(spec):
+    made = load(spec)
+    return [{**made[0], 'answer': 'no'}, *made[1:]] if 'split=test' in spec else made
+
+  monkeypatch.setitem(dataset.LOADERS, 'task', other)
+  with pytest.raises(UserError, match=r'records of data\.eval are not those'):
+    run(workdir)
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 
 @pytest.mark.parametrize('method', ['opd', 'sft'])

@@ -85,7 +85,7 @@ def inside(source: Any, folders: Sequence[str], where: str) -> Any:
     return path
   raise UserError(
     f'{where}: the image {given[:120]!r} lies outside the folder of the data; move it there, or '
-    'name its folder in data.image_folder.'
+    'name its folder in image_folder.'
   )
 
 

@@ -9,6 +9,7 @@ files alone. Trials that a file holds are not made again: delete it to inject th
 code 1 says that something was seen that was not expected.
 """
 
+import itertools
 import json
 import pathlib
 import sys
@@ -77,13 +78,22 @@ def faults(count: int) -> list[Fault]:
     ),
     Fault('memory', 'a bucket of prompts that fits no memory', sentence, numbers.memory, 1),
     Fault(
-      'clock', 'the wall clock jumps', 'equal to the unbroken run, sane times', numbers.clocks, 2
+      'clock',
+      'the wall clock jumps',
+      f'sane times, or a save that fails with one sentence; {goes_on}',
+      numbers.clocks,
+      2,
     ),
   ]
 
 
-def inject(wanted: Sequence[Fault], out: pathlib.Path, seed: int, console: Console) -> None:
-  """Makes the trials that have no result yet, and writes a fault's file after each of them."""
+def inject(
+  wanted: Sequence[Fault], out: pathlib.Path, seed: int, console: Console, most: int = 0
+) -> None:
+  """Makes the trials that have no result yet, and writes a fault's file after each of them.
+
+  `most` of each fault, where it is not 0.
+  """
   found = {f.name: _read(out / f'{f.name}.json') for f in wanted if f.trials}
   behind = {name: len(result.get('trials', [])) for name, result in found.items()}
   with tempfile.TemporaryDirectory(prefix='dopd_jax_faults_') as root, _bar(console) as bar:
@@ -95,7 +105,7 @@ def inject(wanted: Sequence[Fault], out: pathlib.Path, seed: int, console: Conso
         continue
       bar.update(task, description=fault.name)
       trials = found[fault.name].get('trials', [])
-      for trial in fault.trials(lab, behind[fault.name]):
+      for trial in itertools.islice(fault.trials(lab, behind[fault.name]), most or None):
         trials.append(trial._asdict())
         bar.advance(task)
         mark = '' if trial.ok else 'NOT EXPECTED: '
@@ -169,7 +179,7 @@ def main() -> None:
   wanted = [f for f in planned if not FLAGS.only or f.name in FLAGS.only]
   out, console = pathlib.Path(FLAGS.out or HERE), Console()
   if not FLAGS.report_only:
-    inject(wanted, out / 'results', FLAGS.seed, console)
+    inject(wanted, out / 'results', FLAGS.seed, console, FLAGS.most)
   paths = {f.name: out / 'results' / f'{f.name}.json' for f in planned}
   found = [json.loads(path.read_text()) for path in paths.values() if path.exists()]
   with workdirs.writing(str(out / 'table.md')) as file:
@@ -183,6 +193,7 @@ def main() -> None:
 if __name__ == '__main__':
   flags.DEFINE_list('only', [], 'The faults to inject; all if empty.')
   flags.DEFINE_integer('kills', 50, 'How often the run is killed.', lower_bound=1)
+  flags.DEFINE_integer('most', 0, 'Trials of a fault in this call; 0 is all that are left.')
   flags.DEFINE_integer('seed', 0, 'Of the moments.')
   flags.DEFINE_string('out', '', 'Where results/ and table.md go; experiments/faults if empty.')
   flags.DEFINE_bool('report_only', False, 'Makes table.md from the result files.')

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from experiments.faults import lab as labs
 from experiments.faults.lab import EVERY, STEPS, Lab, Trial
 
-CHAIN = 10  # kills of one run before it may end
+CHAIN = 6  # kills of one run before it may end
 
 
 def sigkill(lab: Lab, kills: int, done: int = 0) -> Iterator[Trial]:
@@ -41,7 +41,7 @@ def _one_kill(lab: Lab, workdir, number: int) -> Trial:
     delay = lab.random.uniform(0, 15)
     process.wait_for(lambda: time.monotonic() - begun > delay)
   else:
-    wanted = (saves[-1] if saves else 0) + lab.random.randint(1, 4)
+    wanted = (saves[-1] if saves else 0) + lab.random.randint(1, 9)
     process.wait_for(lambda: labs.last_row(workdir) >= min(wanted, STEPS - 1))
     if kind == 'in a save':
       process.wait_for(lambda: labs.saving(workdir))

@@ -22,6 +22,7 @@ from dopd_jax import report, tasks
 from dopd_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
+TRAIN = (sys.executable, '-m', 'dopd_jax.train')
 STEPS, EVERY = 24, 2
 PATIENCE = 600  # seconds until a run that says nothing is taken for a hang
 SETTINGS = {
@@ -158,6 +159,22 @@ class Lab:
     return rows(workdir) == wanted
 
 
+class Tail:
+  """The end of a file of rows that grows."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+
+  def last_step(self) -> int:
+    """The step of its last whole row, -1 without any."""
+    if not self._path.exists():
+      return -1
+    with self._path.open('rb') as file:
+      file.seek(max(self._path.stat().st_size - 16_384, 0))
+      lines = file.read().split(b'\n')[:-1]
+    return json.loads(lines[-1])['step'] if lines else -1
+
+
 class Process:
   """A command that runs; what it prints goes to a file, so that it never waits for a reader."""
 
@@ -183,6 +200,11 @@ class Process:
         self.signal(signal.SIGKILL)
         raise UserError(f'a run said nothing for {PATIENCE} s: {self.end().sentence}')
       time.sleep(0.002)
+
+  @property
+  def pid(self) -> int:
+    """Its number."""
+    return self._process.pid
 
   def running(self) -> bool:
     """Whether it has not ended."""

@@ -144,7 +144,7 @@ def test_no_path_leads_out_of_the_folder_of_the_data(tmp_path, monkeypatch, how)
   path.write_text(json.dumps({**ROW, 'id': 'p7', 'image': image}))
   monkeypatch.chdir(folder if how != 'cwd' else tmp_path)
   for spec in (str(path), *(['rows.jsonl'] if how != 'cwd' else [])):
-    with pytest.raises(UserError, match=r'record p7: the image .*outside.*data.image_folder'):
+    with pytest.raises(UserError, match=r'record p7: the image .*outside.*image_folder'):
       open_source(spec)
   # Who trusts the data says so.
   assert make(open_source(str(path), image_folder='/')).examples[0].sizes == ((16, 16),)
