@@ -130,11 +130,6 @@ def constrain_columns(x: jax.Array) -> jax.Array:
   return _constrain(x, P(*ROWS, 'tensor'))
 
 
-def constrain_table(x: jax.Array) -> jax.Array:
-  """Keeps the gradient of a head [V, D] split as the head is, rather than whole everywhere."""
-  return _constrain(x, spec('lm_head'))
-
-
 def gather(params: Any) -> Any:
   """Inside jit, under `jax.set_mesh`: parameters whole along `fsdp`, still split over `tensor`."""
   mesh = jax.sharding.get_abstract_mesh()

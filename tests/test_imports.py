@@ -14,7 +14,7 @@ ALLOWED = {  # room -> the rooms that it may import from, beside itself and `err
   'models': {'sharding'},
   'data': set(),
   'tasks': set(),
-  'rollout': set(),
+  'rollout': {'sharding'},
   'objectives': {'losses', 'config'},
 }
 
