@@ -105,7 +105,7 @@ def test_weights_are_gathered_once_a_rollout(report, directories):
 
 @pytest.mark.slow
 def test_the_programs_are_those_of_a_run(monkeypatch, tmp_path):
-  """What `train` gives to its steps is what is compiled here: shapes, dtypes, shares of a device."""
+  """What `train` gives to its steps is what is compiled here: shapes, dtypes, shares."""
   ran, checked = {}, {}
 
   def facts(x):

@@ -3,7 +3,7 @@ r"""Compiles the paper's pairs for pods that are not there, and puts the results
   python -m experiments.pod_fit.fit                   # what has no result yet: hours on two cores
   python -m experiments.pod_fit.fit --timeout=0       # the table alone
 
-A run is `dopd_jax.compile_check` in a process of its own; results/ has its JSON, table.md the table.
+A run is `dopd_jax.compile_check` in a process of its own; its JSON is in results/.
 """
 
 import json
@@ -60,14 +60,7 @@ def table(results: list[dict[str, Any]]) -> str:
   for r in results:
     programs = r['programs']
     name = lambda path: path.rpartition('/')[2].removesuffix('-Instruct')
-    gib = lambda n: f'{n / GIB:.1f}'
-
-    def needs(p):
-      if 'needs' in p:
-        return gib(p['needs'])
-      return f'> {gib(p["needs_at_least"])}' if 'needs_at_least' in p else 'refused'
-
-    every = ('rollout', 'score', 'update')
+    every = [n for n in ('rollout', 'score', 'update') if n in programs]
     moved = ' / '.join(
       gib(sum(c['bytes'] for c in programs[n].get('collectives', []))) for n in every
     )
@@ -76,9 +69,26 @@ def table(results: list[dict[str, Any]]) -> str:
     verdict = 'fits' if r['fits'] else f'does not fit: {r["proposal"]}'
     cells = [f'{name(r["teacher"])} -> {name(r["student"])}', r['topology']]
     cells += [' x '.join(map(str, r['mesh'].values())), gib(sum(r['held'].values()))]
-    cells += [needs(programs[n]) for n in every] + [f'{r["memory"] / GIB:.2f}']
+    cells += [needs(programs.get(n)) for n in ('rollout', 'score', 'update')] + [
+      f'{r["memory"] / GIB:.2f}'
+    ]
     lines.append(f'| {" | ".join([*cells, moved, flop, seconds, verdict])} |')
   return '\n'.join(lines) + '\n'
+
+
+def needs(program: dict[str, Any] | None) -> str:
+  """GiB that a program needs, or at least needs where it was refused; a dash if it was not run."""
+  if program is None:
+    return '–'
+  if 'needs' in program:
+    return gib(program['needs'])
+  least = program.get('needs_at_least')
+  return 'refused' if least is None else f'> {gib(least)}'
+
+
+def gib(size: int) -> str:
+  """A size for a cell."""
+  return f'{size / GIB:.1f}'
 
 
 def main(_: Any) -> None:
