@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dopd_jax.errors import UserError
@@ -85,7 +85,7 @@ def spec(name: str) -> P:
   return found[0]
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
   """A NamedSharding for each leaf of a tree of arrays or shapes: parameters, or optimizer state.
 
   A dimension that its axis does not divide is replicated along it (3 key heads on tensor=2), since

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dopd_jax import collect, compile_check, models, proposals, sharding, topologies, train
+from dopd_jax import collect, compile_check, flops, models, proposals, sharding, topologies, train
 from dopd_jax import config as configs
 from dopd_jax.errors import UserError
 from dopd_jax.hlo import Array, Program
@@ -143,6 +143,25 @@ def test_the_programs_are_those_of_a_run(monkeypatch, tmp_path):
   assert set(ran) == set(checked)
   for name in ran:
     assert ran[name] == checked[name], name
+
+
+def test_flops_of_a_block_are_the_compilers():
+  """One layer, so that a loop's body counts once for both."""
+  sizes = models.DecoderConfig(
+    vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=1,
+    num_attention_heads=8, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
+  )  # fmt: skip
+  model = models.build(sizes)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  tokens = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+  valid = jax.ShapeDtypeStruct((4, 128), jnp.bool_)
+
+  def logits(params, tokens, valid):
+    return model.forward(params, tokens, valid)[0] @ model.head(params).T
+
+  cost = jax.jit(logits).lower(params, tokens, valid).compile().cost_analysis()
+  counted = flops.forward(model, 4, 128, 128) + flops.head(model, 4 * 128)
+  assert counted == pytest.approx(cost['flops'], rel=0.05)
 
 
 @pytest.mark.parametrize(
