@@ -10,14 +10,15 @@ topologies need libtpu (`pip install -e '.[tpu]'`). Where the config's mesh does
 rows, the largest that does is taken, and said.
 
 `--search=6` goes on with what is proposed, six times at most, until everything fits. The table is
-also written as JSON.
+also written as JSON, which keeps the programs of an earlier check of the same: `--programs=update`
+compiles one alone.
 """
 
 import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import metadata
 from typing import Any
 
@@ -47,15 +48,22 @@ from dopd_jax.policies import Pair
 from dopd_jax.topologies import Topology
 
 FLAGS = flags.FLAGS
+PROGRAMS = ('rollout', 'score', 'update')
 
 
-def check(config: Config, topology: Topology, tell: Callable[[str], Any]) -> dict[str, Any]:
+def check(
+  config: Config,
+  topology: Topology,
+  tell: Callable[[str], Any],
+  wanted: Collection[str] = PROGRAMS,
+) -> dict[str, Any]:
   """Compiles the programs of a run for a topology.
 
   Args:
     config: of the run.
     topology: of the machine.
     tell: called with a sentence before each compilation.
+    wanted: which of `PROGRAMS`.
 
   Returns:
     What the JSON holds: bytes, FLOPs and collectives are those of one device.
@@ -84,6 +92,8 @@ def check(config: Config, topology: Topology, tell: Callable[[str], Any]) -> dic
     found, spans = {}, spans_vocabulary(pair, mesh)
 
     def compile_one(name, fn, *args):
+      if name not in wanted:
+        return None
       tell(f'{name}: compiling for {len(topology.devices)} x {topology.chip.name}')
       compiled, found[name] = _compile(fn, args, (state, given), spans)
       found[name]['flops'] = counted[name] / len(topology.devices)
@@ -224,7 +234,13 @@ def spans_vocabulary(pair: Pair, mesh: jax.sharding.Mesh) -> Callable[[hlo.Array
   return spans
 
 
-def search(config: Config, topology: Topology, console: Console, most: int) -> dict[str, Any]:
+def search(
+  config: Config,
+  topology: Topology,
+  console: Console,
+  most: int,
+  wanted: Collection[str] = PROGRAMS,
+) -> dict[str, Any]:
   """Checks, and changes one setting after the other until the run fits; `most` changes at most."""
   asked = config
   config = proposals.fitting_mesh(config, config.objective.build(), len(topology.devices))
@@ -232,7 +248,7 @@ def search(config: Config, topology: Topology, console: Console, most: int) -> d
   if config != asked:
     changes = {'mesh.fsdp': config.mesh.fsdp, 'mesh.tensor': config.mesh.tensor}
   while True:
-    report = check(config, topology, console.print) | {'changes': changes}
+    report = check(config, topology, console.print, wanted) | {'changes': changes}
     compile_table.show(report, console)
     proposal = proposals.smallest_change(config, report)
     if proposal is None:
@@ -245,6 +261,16 @@ def search(config: Config, topology: Topology, console: Console, most: int) -> d
       return report
     config, most = configs.changed(config, proposal.settings), most - 1
     changes = changes | dict(proposal.settings)
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+  """The new report, with those programs of the old that it lacks if nothing else differs."""
+  found = ('programs', 'fits', 'proposal')
+  if any(old.get(key) != new[key] for key in new if key not in found):
+    return new
+  programs = {**old['programs'], **new['programs']}
+  ordered = {name: programs[name] for name in PROGRAMS if name in programs}
+  return {**new, 'programs': ordered, 'fits': all(p['fits'] for p in ordered.values())}
 
 
 def _version(package: str) -> str | None:
@@ -260,10 +286,13 @@ def main() -> None:
   config = cli.config_of(_CONFIG)
   topology = topologies.find(FLAGS.topology)
   console = Console()
-  report = search(config, topology, console, FLAGS.search)
+  report = search(config, topology, console, FLAGS.search, FLAGS.programs)
   models = [p.rpartition('/')[2].lower() for p in (config.teacher.path, config.student.path) if p]
   path = os.path.join(FLAGS.out, f'{"_".join(models)}_{topology.name.replace(":", "-")}.json')
   os.makedirs(FLAGS.out, exist_ok=True)
+  if os.path.exists(path):
+    with open(path) as file:
+      report = merged(json.load(file), report)
   with open(path, 'w') as file:
     json.dump(report, file, indent=1)
   console.print(f'written: {path}', highlight=False, soft_wrap=True)
@@ -273,5 +302,6 @@ if __name__ == '__main__':
   _CONFIG = config_flags.DEFINE_config_file('config', 'configs/llm.py', 'What would run.')
   flags.DEFINE_string('topology', 'v5e:16x16', 'v5e:4x4, v6e:8x8, v5:4x4x4 (v5p), cpu:8, ...')
   flags.DEFINE_integer('search', 0, 'Settings to change, at most, one after the other.')
+  flags.DEFINE_multi_enum('programs', PROGRAMS, PROGRAMS, 'What to compile.')
   flags.DEFINE_string('out', 'runs/compile_check', 'Where the JSON goes.')
   cli.run(main, before=lambda: topologies.without_accelerators(FLAGS.topology))

@@ -18,9 +18,9 @@ _SIZES = {
 }
 _NOTE = (
   'needs: what a device must have, with results and code; peak: what is in use at one time, '
-  'without the gaps between buffers. beside: of state and given models, what the program does not read. moved: what a '
-  'device gets from collectives, loops by their passes (at most), tiles of the head once. TFLOP: '
-  "a device's share of the matmuls, counted from shapes at full length."
+  'without the gaps between buffers. beside: of state and given models, what the program does not '
+  'read. moved: what a device gets from collectives, loops by their passes (at most), tiles of the '
+  "head once. TFLOP: a device's share of the matmuls, counted from shapes at full length."
 )
 
 

@@ -14,21 +14,23 @@ from dopd_jax.rollout.caches import lengths
 from dopd_jax.step import OWN
 
 
-def count(config: Config, objective: Objective, pair: Pair, prompt: dict[str, int]) -> dict:
+def count(
+  config: Config, objective: Objective, pair: Pair, prompt: dict[str, int]
+) -> dict[str, int]:
   """Of rollout, score and update, over all devices. `prompt`: tokens of each rendering."""
   r, student = config.rollout, pair.student.model
   b, N = r.prompts, r.max_new_tokens
   B = b if objective.source == 'data' else b * r.samples
   P = prompt[objective.student.prompt]
   length = lambda view: prompt[view.prompt] + N
-  patches = config.data.max_pixels // student.config.vision.patch_size**2 if student.see else 0
+  vision = student.config.vision
+  patches = config.data.max_pixels // vision.patch_size**2 if vision else 0
 
   columns = lengths(P, N)
-  reads = sum(
-    (end - start) * end for start, end in zip([P, *columns], columns)
-  )  # of a row, over its steps
-  rollout = forward(student, b, P, P) + head(student, b * 1) + see(student, b, patches)
-  rollout += B * (N - 1) * 2 * matrices(student) + B * attention(student.config, reads)
+  # What a completion's queries meet: every step reads all columns that the cache then has.
+  pairs = sum((end - start) * end for start, end in zip([P, *columns], columns))
+  rollout = forward(student, b, P, P) + head(student, b) + see(student, b, patches)
+  rollout += B * (N - 1) * 2 * matrices(student) + B * attention(student.config, pairs)
   rollout += head(student, B * (N - 1))
 
   score = 0

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dopd_jax.losses import head as fused
 from dopd_jax.losses.head import Part, Rows, Setting, TokenView
 from dopd_jax.objectives import Signals
-from dopd_jax.sharding import AXES, ROWS, constrain_table
+from dopd_jax.sharding import AXES, ROWS
 
 # By the names in the rules. `hidden` is [b, N, D], `rows` [b]; heads may have unequal tables.
 Sources = Mapping[str, Sequence[Part]]
@@ -96,8 +96,27 @@ def grads(
 
 def total(d_head: Float[Array, 'devices V D'], head: Float[Array, 'V D']) -> Float[Array, 'V D']:
   """The gradient of the whole head."""
-  found = constrain_table(jnp.sum(d_head, axis=0))
+  found = _sum(d_head)
   return jnp.pad(found, ((0, head.shape[0] - found.shape[0]), (0, 0)))
+
+
+def _sum(d_head: Float[Array, 'devices V D']) -> Float[Array, 'V D']:
+  """The sum of the devices' parts, scattered over `fsdp` as the head is where that divides it.
+
+  XLA would sum them whole everywhere, in a second array of their size.
+  """
+  devices, V, D = d_head.shape
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  if devices == 1 or D % sizes['fsdp']:
+    return jnp.sum(d_head, axis=0)
+  columns = 'tensor' if sizes['tensor'] > 1 and V % sizes['tensor'] == 0 else None
+
+  def local(part):
+    mine = jax.lax.psum_scatter(part[0], 'fsdp', scatter_dimension=1, tiled=True)
+    return jax.lax.psum(mine, 'data')
+
+  specs = P(ROWS[0], columns), P(columns, 'fsdp')
+  return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], check_vma=False)(d_head)
 
 
 class _Split:

@@ -94,7 +94,7 @@ class Program:
       arrays = _arrays(i.result)
       if i.kind.endswith('-start') or kind == 'collective-permute':
         arrays = arrays[len(arrays) // 2 :] if len(arrays) > 1 else arrays  # behind the operands
-      arrays = tuple(a for a in arrays if a.shape) or arrays[:1]
+      arrays = tuple(a for a in arrays if a.shape) or tuple(arrays[:1])
       channel = re.search(r'channel_id=(\d+)', i.rest)
       made = Collective(kind, arrays, self._times(where), _source(i))
       key = channel[1] if channel else f'{where}/{name}'

@@ -138,7 +138,7 @@ def batch(
   """What `score` and `update` see of the completions `rollout` of these prompts and images."""
   B = rollout.tokens.shape[0]
   wide = lambda x: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype, sharding=x.sharding)
-  reward = _rows(mesh)(jnp.float32, B) if objective.rewards else None
+  reward: Any = _rows(mesh)(jnp.float32, B) if objective.rewards else None
   return Batch(
     jax.tree.map(wide, by_context),
     rollout.tokens,
@@ -162,7 +162,7 @@ def bytes_a_device(tree: Any) -> int:
   return sum(map(one, jax.tree.leaves(tree)))
 
 
-def _rows(mesh: Mesh):
-  """(dtype, *shape) -> an array whose rows are split over the mesh."""
+def _rows(mesh: Mesh) -> Any:
+  """(dtype, *shape) -> an array's shape with its rows split; it stands where types say Array."""
   where = sharding.rows(mesh)
   return lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=where)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dopd_jax.errors import UserError
@@ -105,7 +105,7 @@ def spec(name: str) -> P:
   return found[0]
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
   """A NamedSharding for each leaf of a tree of arrays or shapes: parameters, or optimizer state.
 
   A dimension that its axis does not divide is replicated along it (3 key heads on tensor=2), since
@@ -166,11 +166,6 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 def constrain_columns(x: jax.Array) -> jax.Array:
   """As `constrain_rows` for logits [B, V]: columns split over `tensor`, as the head is."""
   return _constrain(x, P(*ROWS, 'tensor'))
-
-
-def constrain_table(x: jax.Array) -> jax.Array:
-  """Keeps the gradient of a head [V, D] split as the head is, rather than whole everywhere."""
-  return _constrain(x, spec('lm_head'))
 
 
 def gather(params: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Which machines the paper's pairs fit, by their compilers."""
