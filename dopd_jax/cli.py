@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 
 from dopd_jax import config as configs
-from dopd_jax.errors import Stopped, UserError, disk_reason
+from dopd_jax.errors import SaveFailed, Stopped, UserError, disk_reason
 
 OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # how XLA begins to say it
 PACKAGE = pathlib.Path(__file__).parent
@@ -69,7 +69,8 @@ def _guarded(main: Callable[[], None]) -> None:
     keep_compilations()
     main()
   except UserError as error:
-    _fail(str(error), disk=any(disk_reason(e) for e in _chain(error)))
+    at_once = isinstance(error, SaveFailed) or any(disk_reason(e) for e in _chain(error))
+    _fail(str(error), at_once)
   except Stopped as error:
     print(f'stopped: {error}', file=sys.stderr)
     sys.exit(1)
@@ -88,7 +89,7 @@ def _guarded(main: Callable[[], None]) -> None:
     _fail(
       f'{where} cannot be used ({error.strerror}): make room or choose another place, then start '
       'again; finished checkpoints are kept',
-      disk=True,
+      at_once=True,
     )
   except KeyboardInterrupt:
     sys.exit(130)
@@ -115,9 +116,9 @@ def _sentence(error: BaseException) -> str:
   return ' '.join(str(error.args[0] if error.args else error).split())
 
 
-def _fail(sentence: str, disk: bool = False) -> NoReturn:
+def _fail(sentence: str, at_once: bool = False) -> NoReturn:
   print(f'error: {sentence}', file=sys.stderr, flush=True)
-  if disk:  # exit handlers of libraries would only fail on the same disk, with tracebacks
+  if at_once:  # exit handlers of libraries would only fail on the same disk, with tracebacks
     sys.stdout.flush()
     os._exit(2)
   sys.exit(2)
