@@ -23,7 +23,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from dopd_jax.errors import UserError, disk_reason
+from dopd_jax.errors import SaveFailed, UserError, disk_reason
 
 # What reading JSON of another kind than ours raises; one that is no JSON is a ValueError.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -204,14 +204,14 @@ class Checkpoints:
       (self._path(step) / 'manifest.json').unlink()
       self._path(step).rmtree()
 
-  def _failed(self, step: int, error: Exception) -> UserError:
+  def _failed(self, step: int, error: Exception) -> SaveFailed:
     logging.debug('checkpoint at step %d', step, exc_info=error)
     steps = [s for s in self.steps() if s != step]
     last = f'the last good one is step {steps[-1]}' if steps else 'there is none before it'
     text = disk_reason(error)
     cure = 'make room or choose a workdir that can be written, then ' if text else ''
     text = text or ' '.join(str(error).split())[:200]
-    return UserError(
+    return SaveFailed(
       f'the checkpoint at step {step} could not be saved in {self._root} ({text}): {cure}start '
       f'again; {last}'
     )

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 
 from dopd_jax import config as configs
 from dopd_jax import distributed
-from dopd_jax.errors import Stopped, UserError, disk_reason
+from dopd_jax.errors import SaveFailed, Stopped, UserError, disk_reason
 
 OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # how XLA begins to say it
 PACKAGE = pathlib.Path(__file__).parent
@@ -85,18 +85,11 @@ def _guarded(main: Callable[[], None], several: bool, before: Callable[[], None]
     keep_compilations()
     main()
   except UserError as error:
-    _fail(str(error), disk=any(disk_reason(e) for e in _chain(error)))
+    at_once = isinstance(error, SaveFailed) or any(disk_reason(e) for e in _chain(error))
+    _fail(str(error), at_once)
   except Stopped as error:
     print(f'stopped: {error}', file=sys.stderr)
     sys.exit(1)
-  except (jax.errors.JaxRuntimeError, MemoryError) as error:
-    if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY not in str(error):
-      raise
-    _fail(
-      f'out of memory ({" ".join(str(error).split())[:160]}): lower microbatch, head_tile or '
-      'rollout.prompts_at_once (rollout.slots where completions are of uneven length), and start '
-      'again; finished checkpoints are kept'
-    )
   except OSError as error:
     if not disk_reason(error):  # a file of anybody, but only what a full or closed disk says
       raise
@@ -104,11 +97,17 @@ def _guarded(main: Callable[[], None], several: bool, before: Callable[[], None]
     _fail(
       f'{where} cannot be used ({error.strerror}): make room or choose another place, then start '
       'again; finished checkpoints are kept',
-      disk=True,
+      at_once=True,
     )
   except KeyboardInterrupt:
     sys.exit(130)
   except Exception as error:
+    if _is_out_of_memory(error):
+      _fail(
+        f'out of memory ({" ".join(str(error).split())[:160]}): lower microbatch, head_tile or '
+        'rollout.prompts_at_once (rollout.slots where completions are of uneven length), and start '
+        'again; finished checkpoints are kept'
+      )
     if not distributed.lost(error):
       raise
     print(
@@ -127,6 +126,11 @@ def _ours_or_serious(record) -> bool:
   return record.levelno >= stdlib_logging.WARNING and not told_twice
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+  of_xla = isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in str(error)
+  return of_xla or isinstance(error, MemoryError)
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
   """An error and all that it was raised from."""
   while error is not None:
@@ -140,9 +144,9 @@ def _sentence(error: BaseException) -> str:
   return ' '.join(str(error.args[0] if error.args else error).split())
 
 
-def _fail(sentence: str, disk: bool = False) -> NoReturn:
+def _fail(sentence: str, at_once: bool = False) -> NoReturn:
   print(f'error: {sentence}', file=sys.stderr, flush=True)
-  if disk:  # exit handlers of libraries would only fail on the same disk, with tracebacks
+  if at_once:  # exit handlers of libraries would only fail on the same disk, with tracebacks
     sys.stdout.flush()
     os._exit(2)
   sys.exit(2)

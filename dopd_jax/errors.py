@@ -23,5 +23,9 @@ class UserError(ValueError):
   """
 
 
+class SaveFailed(UserError):
+  """A checkpoint could not be written; threads of a library may still be at it."""
+
+
 class Stopped(RuntimeError):
   """The run cannot go on, through nobody's mistake: a loss that is not finite. Exit code 1."""
