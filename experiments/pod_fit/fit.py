@@ -67,6 +67,8 @@ def table(results: list[dict[str, Any]]) -> str:
     flop = ' / '.join(f'{programs[n]["flops"] / 1e12:,.0f}' for n in every)
     seconds = ' / '.join(f'{programs[n]["seconds"]:.0f} s' for n in every)
     verdict = 'fits' if r['fits'] else f'does not fit: {r["proposal"]}'
+    if len(every) < 3:
+      verdict = f'{", ".join(every)} alone: {verdict}'
     cells = [f'{name(r["teacher"])} -> {name(r["student"])}', r['topology']]
     cells += [' x '.join(map(str, r['mesh'].values())), gib(sum(r['held'].values()))]
     cells += [needs(programs.get(n)) for n in ('rollout', 'score', 'update')] + [
