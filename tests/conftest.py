@@ -12,6 +12,15 @@ jax.config.update('jax_num_cpu_devices', 8)
 # Tests compile far more than they compute. Commands under test run in processes of their own,
 # optimised.
 jax.config.update('jax_disable_most_optimizations', True)
+_flags = os.environ.get('XLA_FLAGS')
+os.environ['XLA_FLAGS'] = (
+  f'{_flags or ""} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+)
+jax.devices()  # reads the flags, which are not for commands under test
+if _flags is None:
+  del os.environ['XLA_FLAGS']
+else:
+  os.environ['XLA_FLAGS'] = _flags
 
 
 def _compile_once() -> None:
