@@ -76,7 +76,9 @@ def _parse(argv: list[str]) -> list[str]:
     _fail(f'bad --config override: {_sentence(error)}')
 
 
-def _guarded(main: Callable[[], None], several: bool, before: Callable[[], None]) -> None:
+def _guarded(
+  main: Callable[[], None], several: bool = False, before: Callable[[], None] = lambda: None
+) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   logging.get_absl_handler().addFilter(_ours_or_serious)
   try:
