@@ -28,24 +28,13 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from dopd_jax import (
-  cli,
-  collect,
-  compile_table,
-  flops,
-  hlo,
-  proposals,
-  shapes,
-  sharding,
-  topologies,
-  train,
-  workdirs,
-)
+from dopd_jax import cli, collect, sharding, train, workdirs
 from dopd_jax import config as configs
 from dopd_jax import state as states
 from dopd_jax.config import Config
+from dopd_jax.pods import flops, hlo, proposals, shapes, table, topologies
+from dopd_jax.pods.topologies import Topology
 from dopd_jax.policies import Pair
-from dopd_jax.topologies import Topology
 
 FLAGS = flags.FLAGS
 PROGRAMS = ('rollout', 'score', 'update')
@@ -249,7 +238,7 @@ def search(
     changes = {'mesh.fsdp': config.mesh.fsdp, 'mesh.tensor': config.mesh.tensor}
   while True:
     report = check(config, topology, console.print, wanted) | {'changes': changes}
-    compile_table.show(report, console)
+    table.show(report, console)
     proposal = proposals.smallest_change(config, report)
     if proposal is None:
       settings = ' '.join(f'--config.{key}={value}' for key, value in changes.items())

@@ -7,6 +7,12 @@ import os
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+def first_line(error: BaseException) -> str:
+  """What an error says first, without its full stop."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return (lines[0] if lines else type(error).__name__).rstrip('.')
+
+
 def disk_reason(error: BaseException) -> str:
   """The words of a full or closed disk behind an error, '' for another one."""
   if isinstance(error, OSError) and error.errno in DISK:

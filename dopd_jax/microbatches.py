@@ -46,7 +46,7 @@ def over_rows_by_length(fn: Callable, batch: Any, length: Int[Array, 'B'], micro
 
   Rows stay on their device: each sorts its own b of them, and a micro-batch has a part of each.
   """
-  B, shards = count_rows(batch), sharding.row_shards()
+  B, shards = count_rows(batch), sharding.shards('data', 'fsdp')
   b, n = B // shards, micro_batches(B, microbatch)
   if n == 1 or B % shards or b % n:
     return over_micro_batches(fn, batch, microbatch)

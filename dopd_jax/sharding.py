@@ -149,10 +149,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def row_shards() -> int:
-  """How many devices split the rows of a batch, under `jax.set_mesh`; 1 without a mesh."""
-  sizes = jax.sharding.get_abstract_mesh().shape
-  return sizes.get('data', 1) * sizes.get('fsdp', 1)
+def shards(*axes: str) -> int:
+  """In how many parts these axes split an array, under `jax.set_mesh`; 1 without a mesh."""
+  mesh = _auto_mesh()
+  return math.prod(mesh.shape[axis] for axis in axes) if mesh else 1
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
@@ -170,8 +170,8 @@ def constrain_columns(x: jax.Array) -> jax.Array:
 
 def gather(params: Any) -> Any:
   """Inside jit, under `jax.set_mesh`: parameters whole along `fsdp`, still split over `tensor`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if not set(AXES) <= set(mesh.auto_axes):
+  mesh = _auto_mesh()
+  if mesh is None:
     return params
 
   def one(x, where):
@@ -181,14 +181,11 @@ def gather(params: Any) -> Any:
   return jax.tree.map(one, params, param_shardings(params, mesh))
 
 
-def tensor_shards() -> int:
-  """The size of `tensor` on the mesh of `jax.set_mesh`; 1 without one."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return mesh.shape['tensor'] if 'tensor' in mesh.auto_axes else 1
-
-
 def _constrain(x: jax.Array, where: P) -> jax.Array:
+  return jax.lax.with_sharding_constraint(x, where) if _auto_mesh() else x
+
+
+def _auto_mesh() -> AbstractMesh | None:
+  """The mesh of `jax.set_mesh`, where XLA may be told how to place things on it."""
   mesh = jax.sharding.get_abstract_mesh()
-  if not set(AXES) <= set(mesh.auto_axes):
-    return x
-  return jax.lax.with_sharding_constraint(x, where)
+  return mesh if set(AXES) <= set(mesh.auto_axes) else None

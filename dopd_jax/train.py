@@ -100,8 +100,8 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     # ---------------------------------------------------------------- data
     pipeline = dataset.open_pipeline(config, pair, objective)
     held_out = dataset.open_held_out(config, pair)
-    seen = [pipeline.get_state(), *(e.prompt_ids for e in held_out)]
-    distributed.check_same('data', json.dumps(seen))
+    records = dataset.digests(config, pipeline, held_out)
+    distributed.check_same('data', json.dumps([pipeline.get_state(), records]))
 
     # ---------------------------------------------------------------- steps
     tx = states.optimizer(config.optimizer, config.steps, objective.updates, config.freeze)
@@ -114,7 +114,6 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     look_inside = probe.make_probe(config, pair, objective, steps)
 
     # ---------------------------------------------------------------- resume
-    records = dataset.digests(config, pipeline, held_out)
     newest = saves.newest() if jax.process_index() == 0 else None
     done, last = distributed.first(newest or 0), {}
     if done:

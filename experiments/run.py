@@ -21,13 +21,12 @@ import tempfile
 from collections.abc import Sequence
 
 from absl import flags
-from rich import progress
 from rich.console import Console
 
 from dopd_jax import cli, workdirs
 from dopd_jax import config as configs
 from dopd_jax.errors import UserError
-from experiments import commits, draw, grid, results, tables, workers
+from experiments import common, draw, grid, results, tables, workers
 from experiments.grid import Experiment, Run
 
 FLAGS = flags.FLAGS
@@ -48,7 +47,7 @@ def walk(
   """
   tuning = [] if smoke else grid.tuning_runs(experiment, arms)
   planned = grid.final_runs(experiment, dict.fromkeys(arms), smoke)  # their rates come later
-  with _bar(console) as bar:
+  with common.bar(console) as bar:
     task = bar.add_task('', total=len(tuning) + len(planned))
 
     def go(phase: str, runs: Sequence[Run]) -> None:
@@ -80,19 +79,6 @@ def write(experiment: Experiment, name: str, out: pathlib.Path, console: Console
   console.print(f'Wrote {out / "table.md"} and {out / "curves.png"}', soft_wrap=True)
 
 
-def _bar(console: Console) -> progress.Progress:
-  return progress.Progress(
-    progress.TextColumn('{task.description}'),
-    progress.BarColumn(),
-    progress.MofNCompleteColumn(),
-    progress.TimeElapsedColumn(),
-    progress.TextColumn('left'),
-    progress.TimeRemainingColumn(),
-    console=console,
-    speed_estimate_period=1e9,  # a run takes minutes: all of them tell the speed
-  )
-
-
 def main() -> None:
   """The command."""
   if not _NAME:
@@ -116,7 +102,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-      execute = workers.in_processes(FLAGS.jobs, out, runs, commits.current())
+      execute = workers.in_processes(FLAGS.jobs, out, runs, common.commit())
       walk(experiment, arms, out, execute, console, FLAGS.smoke)
     except KeyboardInterrupt:
       console.print('Stopped; the same command goes on from here.')

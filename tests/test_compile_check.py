@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dopd_jax import collect, compile_check, flops, models, proposals, sharding, topologies, train
+from dopd_jax import collect, compile_check, models, sharding, train
 from dopd_jax import config as configs
 from dopd_jax.errors import UserError
-from dopd_jax.hlo import Array, Program
+from dopd_jax.pods import flops, proposals, topologies
+from dopd_jax.pods.hlo import Array, Program
 from dopd_jax.step import Steps
 from tests import pairs
 
@@ -85,7 +86,7 @@ def test_no_collective_carries_logits(report):
 
 def test_logits_that_travel_are_found(directories, monkeypatch):
   """With blocks of ids that lie across shards, the sampler gathers its logits."""
-  monkeypatch.setattr(sharding, 'tensor_shards', lambda: 1)
+  monkeypatch.setattr(sharding, 'shards', lambda *axes: 1)
   monkeypatch.setattr(sharding, 'constrain_columns', lambda x: sharding.constrain_rows(x))
   found = compile_check.check(config(directories, seed=1), topologies.find('cpu:8'), quiet)
   assert found['programs']['rollout']['wide']

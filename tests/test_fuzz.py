@@ -21,7 +21,8 @@ from PIL import Image
 from dopd_jax import checkpoint, models, policies, report, tasks, workdirs
 from dopd_jax import config as configs
 from dopd_jax.data import open_source, parse_record, read_image
-from dopd_jax.data.images import ImageProcessor, image_size
+from dopd_jax.data.image_processor import ImageProcessor
+from dopd_jax.data.images import image_size
 from dopd_jax.data.sources import write_array_record
 from dopd_jax.errors import UserError
 from tests import mutants, pairs

@@ -1,13 +1,14 @@
 """Records, where they come from, how they become token ids, and in which order they are trained on.
 
-records       one example as its columns, strictly parsed
-sources       JSONL, parquet, array_record, tensorflow-datasets, and loaders that the caller adds
-images        reading an image whatever it comes as, and cutting it into patches
-boxes         boxes and labels: checks, units, and the privileged context made of them
-image_inputs  what is known of a record's images before any step
-chat          the plain and the privileged rendering of a prompt, by the student's chat template
-pipeline      shuffled, staged, sharded batches that resume exactly; padding
-views         the full image, its evidence or too little of it, as patches; padding
+records          one example as its columns, strictly parsed
+sources          JSONL, parquet, array_record, tensorflow-datasets, and loaders that the caller adds
+images           reading an image whatever it comes as
+image_processor  cutting it into patches
+boxes            boxes and labels: checks, units, and the privileged context made of them
+image_inputs     what is known of a record's images before any step
+chat             the plain and the privileged rendering of a prompt, by the student's chat template
+pipeline         shuffled, staged, sharded batches that resume exactly; padding
+views            the full image, its evidence or too little of it, as patches; padding
 """
 
 from dopd_jax.data.boxes import KINDS as KINDS
@@ -15,7 +16,7 @@ from dopd_jax.data.boxes import privileged_text as privileged_text
 from dopd_jax.data.chat import DEFAULT_TEMPLATE as DEFAULT_TEMPLATE
 from dopd_jax.data.chat import Renderer as Renderer
 from dopd_jax.data.image_inputs import ImageInputs as ImageInputs
-from dopd_jax.data.images import ImageProcessor as ImageProcessor
+from dopd_jax.data.image_processor import ImageProcessor as ImageProcessor
 from dopd_jax.data.images import read_image as read_image
 from dopd_jax.data.pipeline import Dropped as Dropped
 from dopd_jax.data.pipeline import Example as Example

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from dopd_jax.data.image_inputs import ImageInputs, image_grids, images_unread
-from dopd_jax.data.images import Grid
+from dopd_jax.data.image_processor import Grid
 from dopd_jax.data.records import Message, Record
 from dopd_jax.errors import UserError
 

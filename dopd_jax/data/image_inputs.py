@@ -12,15 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from dopd_jax.data.boxes import check_inside, privileged_text
-from dopd_jax.data.images import (
-  PIXEL_LIMIT,
-  Grid,
-  ImageProcessor,
-  Size,
-  image_digest,
-  image_size,
-  read_image,
-)
+from dopd_jax.data.image_processor import Grid, ImageProcessor
+from dopd_jax.data.images import PIXEL_LIMIT, Size, image_digest, image_size, read_image
 from dopd_jax.data.records import Record
 from dopd_jax.errors import UserError
 

@@ -17,7 +17,8 @@ from absl import logging
 
 from dopd_jax.data.chat import Renderer
 from dopd_jax.data.image_inputs import examine_all, with_context
-from dopd_jax.data.images import Grid, Size
+from dopd_jax.data.image_processor import Grid
+from dopd_jax.data.images import Size
 from dopd_jax.data.records import Record
 from dopd_jax.data.sources import Loader, open_source
 from dopd_jax.errors import UserError

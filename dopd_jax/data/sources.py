@@ -33,7 +33,7 @@ from PIL import Image
 
 from dopd_jax.data.images import read_image
 from dopd_jax.data.records import Record, check_columns, parse_record
-from dopd_jax.errors import UserError
+from dopd_jax.errors import UserError, first_line
 
 Loader = Callable[[str], Sequence[Mapping[str, Any]]]
 # A split may hold colons of its own: train[:10%].
@@ -239,7 +239,7 @@ def _parquet(path: str, name: str) -> Rows:
   try:
     table = pyarrow.parquet.read_table(path)
   except (pyarrow.ArrowException, OSError) as error:
-    raise UserError(f'{name} is not a readable parquet file: {_first_line(error)}.') from None
+    raise UserError(f'{name} is not a readable parquet file: {first_line(error)}.') from None
   return Rows(_ParquetRows(table), name, lambda i: f'{name} row {i}')
 
 
@@ -262,7 +262,7 @@ class _ArrayRecordRows(Sequence[Any]):
       entry = bytes(self._data[index])
     except (RuntimeError, ValueError, OSError) as error:  # pages carry hashes
       raise UserError(
-        f'{self._name} record {index} is damaged ({_first_line(error)}): copy the file again.'
+        f'{self._name} record {index} is damaged ({first_line(error)}): copy the file again.'
       ) from None
     try:
       # An object in JSON starts with a brace; a map in msgpack never does.
@@ -281,7 +281,7 @@ def _array_record(path: str, name: str) -> Rows:
     rows = _ArrayRecordRows(path, name)
     len(rows)
   except (RuntimeError, ValueError, OSError) as error:
-    raise UserError(f'{name} is not a readable array_record file: {_first_line(error)}.') from None
+    raise UserError(f'{name} is not a readable array_record file: {first_line(error)}.') from None
   return Rows(rows, name, lambda i: f'{name} record {i}')
 
 
@@ -321,7 +321,7 @@ def _tfds(spec: str, rest: str) -> Rows:
     data = tfds.builder(name, data_dir=data_dir).as_data_source(split=split)
   except Exception as error:
     raise UserError(
-      f'{spec} cannot be opened ({_first_line(error)}): prepare it with '
+      f'{spec} cannot be opened ({first_line(error)}): prepare it with '
       "file_format='array_record', and name its directory by ?data_dir=DIR."
     ) from None
   return Rows(_TfdsRows(data), spec, lambda i: f'{spec} record {i}')
@@ -340,8 +340,3 @@ def _plain(value: Any) -> Any:
     except UnicodeDecodeError:
       return value
   return value
-
-
-def _first_line(error: BaseException) -> str:
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  return (lines[0] if lines else type(error).__name__).rstrip('.')

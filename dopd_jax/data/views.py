@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dopd_jax.data.boxes import Box, to_pixels
 from dopd_jax.data.image_inputs import image_place
-from dopd_jax.data.images import SIDE_RATIO_LIMIT, Grid, ImageProcessor, Size, read_image
+from dopd_jax.data.image_processor import Grid, ImageProcessor
+from dopd_jax.data.images import SIDE_RATIO_LIMIT, Size, read_image
 from dopd_jax.data.pipeline import Example
 from dopd_jax.errors import UserError
 

@@ -198,7 +198,7 @@ def categorical(
   B, V = logits.shape
   top = jnp.max(logits, axis=-1, keepdims=True)
   # Every shard of the vocabulary has whole blocks, so that no logits travel but at its edges.
-  pad = -V % (_BLOCK * sharding.tensor_shards())
+  pad = -V % (_BLOCK * sharding.shards('tensor'))
   mass = sharding.constrain_columns(jnp.pad(jnp.exp(logits - top), ((0, 0), (0, pad))))
   mass = mass.reshape(B, -1, _BLOCK)
   block_mass = jnp.sum(mass, axis=-1)

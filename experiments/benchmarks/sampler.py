@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from dopd_jax.models import DecoderConfig, build
+from dopd_jax.models import build
 from dopd_jax.rollout import Sampling
 from dopd_jax.rollout.sampler import make_generate
 from experiments.benchmarks import harness
@@ -48,16 +48,7 @@ def main(argv):
   """Compiles once, runs a few times, prints the line."""
   del argv
   width = _WIDTH.value
-  config = DecoderConfig(
-    vocab_size=_VOCAB.value,
-    hidden_size=width,
-    intermediate_size=3 * width,
-    num_hidden_layers=_LAYERS.value,
-    num_attention_heads=width // 64,
-    num_key_value_heads=width // 128,
-    head_dim=64,
-    rope_theta=1_000_000.0,
-  )
+  config = harness.qwen3(_LAYERS.value, width, _VOCAB.value)
   sampling = Sampling(
     max_new_tokens=_NEW.value,
     num_samples=_SAMPLES.value,

@@ -25,21 +25,6 @@ _MEDIAN = flags.DEFINE_integer('median', 250, 'Tokens of the middle completion.'
 PROMPT, VOCAB = 32, 4096
 
 
-def model(layers, width):
-  """As in the benchmark of the step."""
-  return models.build(
-    models.DecoderConfig(
-      vocab_size=VOCAB,
-      hidden_size=width,
-      intermediate_size=3 * width,
-      num_hidden_layers=layers,
-      num_attention_heads=width // 64,
-      num_key_value_heads=width // 128,
-      head_dim=64,
-    )
-  )
-
-
 def main(argv):
   """Scores one batch again and again, and prints the line."""
   del argv
@@ -50,7 +35,9 @@ def main(argv):
   mask = jnp.asarray(np.arange(N) < lengths[:, None])
   prompts = {'plain': prompt, 'privileged': prompt}
   batch = step.Batch(prompts, ids(N), mask, mask, jnp.zeros((B, N)))
-  student, teacher = model(4, 256), model(8, 512)
+  student, teacher = (
+    models.build(harness.qwen3(layers, width, VOCAB)) for layers, width in ((4, 256), (8, 512))
+  )
   objective, tx = objectives.Dopd().build(), optax.sgd(1.0)
   now = state.create(student.init(jax.random.key(0)), tx, objective)
   given = {'teacher': {'': teacher.init(jax.random.key(1))}}

@@ -37,29 +37,19 @@ _WIDTHS = flags.DEFINE_list('widths', ['256', '512'], 'Of student and teacher; h
 _VOCAB = flags.DEFINE_integer('vocab', 4096, 'Ids of the tokenizer and rows of both tables.')
 
 
-def architecture(tokenizer, layers, width):
-  """As the peer's: feed-forward three times the width, half as many key heads as query heads."""
-  return models.DecoderConfig(
-    vocab_size=_VOCAB.value,
-    hidden_size=width,
-    intermediate_size=3 * width,
-    num_hidden_layers=layers,
-    num_attention_heads=width // 64,
-    num_key_value_heads=width // 128,
-    head_dim=64,
-    rope_theta=1_000_000.0,
-    eos_token_ids=(tokenizer.eos_token_id,),
-    pad_token_id=tokenizer.pad_token_id,
-  )
-
-
 def make_config(folder):
   """Writes models and data, and returns the config that trains on them."""
   tokenizer = word_tokenizer([])
   tokenizer = word_tokenizer([f'w{i}' for i in range(_VOCAB.value - len(tokenizer))])
   c = configs.default(_METHOD.value)
   for i, policy in enumerate((c.student, c.teacher)):
-    shape = architecture(tokenizer, int(_LAYERS.value[i]), int(_WIDTHS.value[i]))
+    shape = harness.qwen3(
+      int(_LAYERS.value[i]),
+      int(_WIDTHS.value[i]),
+      _VOCAB.value,
+      eos_token_ids=(tokenizer.eos_token_id,),
+      pad_token_id=tokenizer.pad_token_id,
+    )
     policy.path = os.path.join(folder, str(i))
     params = jax.jit(models.build(shape).init)(jax.random.key(i))
     models.save(policy.path, shape, params, tokenizer=tokenizer)

@@ -19,13 +19,12 @@ from typing import Any
 
 import jax
 from absl import flags
-from rich import progress
 from rich.console import Console
 
 from dopd_jax import cli, workdirs
 from dopd_jax import config as configs
 from dopd_jax.errors import UserError
-from experiments import commits
+from experiments import common
 from experiments.faults import disks, files, kills, numbers
 from experiments.faults.lab import SETTINGS, Fault, Lab
 
@@ -96,7 +95,7 @@ def inject(
   """
   found = {f.name: _read(out / f'{f.name}.json') for f in wanted if f.trials}
   behind = {name: len(result.get('trials', [])) for name, result in found.items()}
-  with tempfile.TemporaryDirectory(prefix='dopd_jax_faults_') as root, _bar(console) as bar:
+  with tempfile.TemporaryDirectory(prefix='dopd_jax_faults_') as root, common.bar(console) as bar:
     # Moments differ between the parts of a run that was cut off.
     lab = Lab(pathlib.Path(root), f'{seed} {sum(behind.values())}')
     task = bar.add_task('', total=sum(f.count for f in wanted), completed=sum(behind.values()))
@@ -119,7 +118,7 @@ def inject(
           'of': fault.count,
           'settings': SETTINGS,
           'seed': seed,
-          'commit': commits.current(),
+          'commit': common.commit(),
           'versions': workdirs.versions(),
           'device': jax.devices()[0].device_kind,
           'trials': trials,
@@ -154,19 +153,6 @@ def table(found: Sequence[dict[str, Any]], missing: Sequence[Fault]) -> str:
   )
   lines += ['', f'Made by `python -m experiments.faults` ({"; ".join(made)}).', '']
   return '\n'.join(lines)
-
-
-def _bar(console: Console) -> progress.Progress:
-  return progress.Progress(
-    progress.TextColumn('{task.description}'),
-    progress.BarColumn(),
-    progress.MofNCompleteColumn(),
-    progress.TimeElapsedColumn(),
-    progress.TextColumn('left'),
-    progress.TimeRemainingColumn(),
-    console=console,
-    speed_estimate_period=1e9,  # an injection takes half a minute: all of them tell the speed
-  )
 
 
 def main() -> None:

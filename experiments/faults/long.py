@@ -25,7 +25,7 @@ from scipy import stats
 from dopd_jax import cli, metrics, report, workdirs
 from dopd_jax.report import INK, RULE, SOFT
 from dopd_jax.samples import REGIMES
-from experiments import commits
+from experiments import common
 from experiments.faults import lab as labs
 
 FLAGS = flags.FLAGS
@@ -143,7 +143,7 @@ def main() -> None:
   result = {
     'steps': FLAGS.steps,
     'judged': judged,
-    'commit': commits.current(),
+    'commit': common.commit(),
     'versions': workdirs.versions(),
     'device': jax.devices()[0].device_kind,
     'seen': thin,

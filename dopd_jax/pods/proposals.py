@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dopd_jax import config as configs
 from dopd_jax.config import Config
 from dopd_jax.objectives import Objective
-from dopd_jax.topologies import GIB
+from dopd_jax.pods.topologies import GIB
 
 
 class Proposal(NamedTuple):

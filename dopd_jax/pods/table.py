@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dopd_jax.topologies import GIB
+from dopd_jax.pods.topologies import GIB
 
 _SIZES = {
   'arguments': 'args',

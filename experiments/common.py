@@ -1,0 +1,35 @@
+"""What the commands of experiments share: which code made a result, and a bar of slow items."""
+
+import contextlib
+import subprocess
+
+from rich import progress
+from rich.console import Console
+
+from experiments.grid import ROOT
+
+
+def commit() -> str:
+  """The commit of the code, with `-dirty` behind it where files differ; '' without git."""
+  # A grid that writes its results must not wait for, or take, the index of the user's git.
+  words = ['git', '--no-optional-locks', 'describe', '--always', '--dirty', '--abbrev=40']
+  with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    told = subprocess.run(
+      [*words, '--exclude=*'], cwd=ROOT, capture_output=True, check=True, text=True
+    )
+    return told.stdout.strip()
+  return ''
+
+
+def bar(console: Console) -> progress.Progress:
+  """Of items that take from seconds to minutes each."""
+  return progress.Progress(
+    progress.TextColumn('{task.description}'),
+    progress.BarColumn(),
+    progress.MofNCompleteColumn(),
+    progress.TimeElapsedColumn(),
+    progress.TextColumn('left'),
+    progress.TimeRemainingColumn(),
+    console=console,
+    speed_estimate_period=1e9,  # all of them tell the speed
+  )
