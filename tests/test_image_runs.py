@@ -98,6 +98,7 @@ def test_a_run_on_images_and_its_resume(tmp_path):
   assert 'data:image/png;base64,' in page and '<rect' in page
 
 
+@pytest.mark.slow
 def test_features_of_a_prompt_serve_all_its_completions():
   """Images given once a row, in place of once a prompt, change neither signals nor gradients."""
   _, _, batch = world()
@@ -117,6 +118,7 @@ def test_micro_batches_change_nothing_on_images(microbatch):
   close((signals, updated.loss, new), (again[0], again[1].loss, again[2]))
 
 
+@pytest.mark.slow
 def test_four_updates_are_four_shares():
   """Each sees the features of its own rows: the same as updates whose other rows have no weight.
 
@@ -159,6 +161,7 @@ def test_a_black_image_is_another_batch():
     assert np.abs(a[name].logp_y - b[name].logp_y).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what', ['vision', 'tower', 'merger'])
 def test_freezing(what, tmp_path):
   run(tmp_path, freeze=what, steps=2, checkpoint__every=2)
@@ -245,6 +248,7 @@ def test_crops_frames_and_degraded_images_are_other_views():
   np.testing.assert_array_equal(plain.tokens, other.tokens)
 
 
+@pytest.mark.slow
 def test_rows_with_and_without_images(tmp_path):
   from dopd_jax import tasks
 

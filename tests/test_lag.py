@@ -131,7 +131,10 @@ def test_the_loop_by_hand_gives_the_same_run(method, lag, tmp_path, sampled):
   assert all((gap > 1e-3) == bool(lag) for gap in gaps[1:])
 
 
-@pytest.mark.parametrize('method', ['dopd', 'gkd', 'sdpo'])
+LONG = [pytest.param(method, marks=pytest.mark.slow) for method in ('gkd', 'sdpo')]
+
+
+@pytest.mark.parametrize('method', ['dopd', *LONG])
 def test_a_run_cut_off_anywhere_goes_on_bit_for_bit(method, tmp_path, sampled, monkeypatch):
   """Also where the batch ahead is one of the data (gkd) or has rewards and siblings (sdpo)."""
   # A random student is never right, and then sdpo would have no hint and nothing to learn from.
@@ -168,15 +171,8 @@ def test_a_signal_saves_the_batch_ahead(tmp_path, sampled, monkeypatch):
   train.train(config, str(tmp_path / 'whole'))
   sampled.clear()
 
-  class Stop:
-    calls = 0
-
-    def is_set(self):
-      self.calls += 1
-      return self.calls == 2
-
   with monkeypatch.context() as patch:
-    patch.setattr(workdirs, 'stop_signal', lambda: contextlib.nullcontext(Stop()))
+    patch.setattr(workdirs, 'stop_signal', lambda: contextlib.nullcontext(lambda step: step == 2))
     train.train(config, str(tmp_path / 'stopped'))
   assert checkpoint.Checkpoints(str(tmp_path / 'stopped' / 'checkpoints')).steps() == [2]
   assert sampled == [1, 2, 3]

@@ -90,6 +90,7 @@ def two(tmp_path):
   return rows, write
 
 
+@pytest.mark.slow
 def test_a_run_with_two_teachers_and_its_resume(two, tmp_path):
   rows, write = two
   changes = write(rows)
