@@ -71,6 +71,10 @@ def check(
     tx = states.optimizer(config.optimizer, config.steps, objective.updates, config.freeze)
     state = shapes.state(pair, tx, objective, mesh)
     given = {k: {n: x.params for n, x in v.items()} for k, v in pair.given.items()}
+    resident = {
+      kind: {name: shapes.resident(getattr(config, kind), x) for name, x in by_name.items()}
+      for kind, by_name in pair.given.items()
+    }
     prompts = shapes.prompts(config, objective, pair, mesh)
     images = shapes.images(config, objective, pair, mesh)
     completions = shapes.rollout(config, objective, mesh)
@@ -80,11 +84,11 @@ def check(
     counted = flops.count(config, objective, pair, lengths)
     found, spans = {}, spans_vocabulary(pair, mesh)
 
-    def compile_one(name, fn, *args):
+    def compile_one(name, beside, fn, *args):
       if name not in wanted:
         return None
       tell(f'{name}: compiling for {len(topology.devices)} x {topology.chip.name}')
-      compiled, found[name] = _compile(fn, args, (state, given), spans)
+      compiled, found[name] = _compile(fn, args, (state, beside), spans)
       found[name]['flops'] = counted[name] / len(topology.devices)
       return compiled
 
@@ -95,12 +99,13 @@ def check(
       index = jax.ShapeDtypeStruct(prompt.length.shape, np.uint32, sharding=prompt.length.sharding)
       key = jax.eval_shape(lambda: jax.random.key(0))
       sample = collect.make_rollout(config, pair, objective)
-      compile_one('rollout', sample, state.params, prompt, key, index, shown)
-    compiled = compile_one('score', steps.score, state, given, batch, given)
-    scored = jax.eval_shape(steps.score, state, given, batch, given)
+      compile_one('rollout', resident, sample, state.params, prompt, key, index, shown)
+    compiled = compile_one('score', given, steps.score, state, given, batch, resident)
+    scored = jax.eval_shape(steps.score, state, given, batch, resident)
     rows = lambda x: sharding.rows(mesh) if x.ndim else sharding.replicated(mesh)
     where = compiled.output_shardings if compiled else jax.tree.map(rows, scored)
-    compile_one('update', steps.update, state, given, batch, shapes.lying(scored, where))
+    scored = shapes.lying(scored, where)
+    compile_one('update', resident, steps.update, state, resident, batch, scored)
 
   limit = topology.chip.memory
   for program in found.values():
@@ -120,8 +125,9 @@ def check(
     'tokens': {**lengths, 'completion': config.rollout.max_new_tokens},
     'held': {
       'state': shapes.bytes_a_device(state),
-      **{kind: shapes.bytes_a_device(params) for kind, params in given.items()},
+      **{kind: shapes.bytes_a_device(params) for kind, params in resident.items()},
     },
+    'parked': shapes.bytes_a_device(given) - shapes.bytes_a_device(resident),
     'programs': found,
     'fits': all(program['fits'] for program in found.values()),
     'versions': {name: _version(name) for name in ('jax', 'jaxlib', 'libtpu')},

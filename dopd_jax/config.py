@@ -52,6 +52,9 @@ class Policy:
   path: str = ''  # also `package:NAME/FILE.gguf`, a file that an installed package carries
   keep_every: int = 1  # n > 1 keeps layers 0, n, 2n, ... : a small student cut from a teacher
   architecture: Architecture = Architecture()  # for path=''; made from `seed`
+  # Of a teacher or reference, which never changes:
+  split_over: tuple = ('fsdp', 'tensor')  # the mesh axes that split its parameters; else copies
+  offload: bool = False  # its trunk waits in the hosts' memory while it does not score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,6 +391,15 @@ def _check(c: Config) -> None:
     raise UserError(
       "teachers must be pairs of a name of its own and a path: (('math', 'DIR'), ...)"
     )
+  if c.student.offload or set(c.student.split_over) != {'fsdp', 'tensor'}:
+    raise UserError(
+      'student.offload and student.split_over must stay as they are: what trains lies as its '
+      "optimizer's state does; set the teacher's"
+    )
+  for kind in ('teacher', 'reference'):
+    for axis in getattr(c, kind).split_over:
+      if axis not in ('fsdp', 'tensor'):
+        raise UserError(f'{kind}.split_over may name fsdp and tensor, not {axis!r}')
   if c.checkpoint.best and not glossary.metric(c.checkpoint.best).meaning:
     raise UserError(unknown('metric in checkpoint.best', c.checkpoint.best, glossary.METRICS))
   if bool(c.data.train) == bool(c.data.stages):

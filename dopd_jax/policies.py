@@ -77,7 +77,7 @@ class Pair(NamedTuple):
 def load_pair(config: Config, mesh: jax.sharding.Mesh, weights: Collection[str] = ()) -> Pair:
   """Loads the student, and of 'teacher' and 'reference' those in `weights`, onto the mesh.
 
-  Several teachers (`config.teachers`) are parked in the hosts' memory.
+  Several teachers (`config.teachers`), and who is to be offloaded, are parked in the hosts' memory.
 
   Raises:
     UserError: weights that are missing or broken, different tokenizers, one model given twice, or a
@@ -94,9 +94,13 @@ def load_pair(config: Config, mesh: jax.sharding.Mesh, weights: Collection[str] 
     directory = locate(policy)
     check_tokenizers(tokenizer, directory)
     loaded = load(policy, directory, seed=config.seed)
-    loaded = loaded._replace(params=models.held(loaded.params, dtype))
+    params = models.held(loaded.params, dtype)
+    where = sharding.param_shardings(params, mesh, policy.split_over)
+    loaded = loaded._replace(params=jax.device_put(params, where))
     if kind == 'teacher':
       check_different(student, loaded)
+    if policy.offload:
+      loaded = loaded._replace(params=teachers.park(loaded.params))
     theirs = stop_ids_from(tokenizer.eos_token_id, loaded.generation_config)
     if warning := stop_ids_warning(stops, theirs):
       logging.warning('%s', warning)
@@ -104,10 +108,8 @@ def load_pair(config: Config, mesh: jax.sharding.Mesh, weights: Collection[str] 
 
   given: dict[str, dict[str, Loaded]] = {}
   if 'teacher' in weights and config.teachers:
-    given['teacher'] = {}
-    for name, path in config.teachers:
-      loaded = other(Policy(path=path), 'teacher')
-      given['teacher'][name] = loaded._replace(params=teachers.park(loaded.params))
+    several = ((name, Policy(path=path, offload=True)) for name, path in config.teachers)
+    given['teacher'] = {name: other(policy, 'teacher') for name, policy in several}
   elif 'teacher' in weights:
     if not config.teacher.path:
       raise UserError('this objective needs a teacher: set teacher.path to a model directory')

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from dopd_jax import collate
+from dopd_jax import collate, teachers
 from dopd_jax.config import Config
 from dopd_jax.objectives import Compare, Objective, View, one_regime
 from dopd_jax.policies import Pair
@@ -45,25 +45,24 @@ def make_probe(
   )
   comparable = '' in pair.given.get('teacher', {}) and 'plain' in objective.prompts
   if comparable:
-    compare = jax.jit(
-      make_steps(
-        pair.student.model,
-        pair.models,
-        against_teacher,
-        optax.identity(),
-        live_vocab=len(pair.tokenizer),
-        microbatch=config.microbatch,
-        head_tile=config.head_tile,
-        banned_ids=pair.banned_ids,
-      ).score
+    steps_to_compare = make_steps(
+      pair.student.model,
+      pair.models,
+      against_teacher,
+      optax.identity(),
+      live_vocab=len(pair.tokenizer),
+      microbatch=config.microbatch,
+      head_tile=config.head_tile,
+      banned_ids=pair.banned_ids,
     )
+    compare = teachers.compiled(steps_to_compare.score, pair.given)
 
   def probe(state: Any, given: Any, resident: Any, batch: Batch) -> dict[str, float]:
     start = time.monotonic()
     jax.block_until_ready(steps.score(state, given, batch, resident))
     values = {'time/score_seconds': time.monotonic() - start}
     if comparable:
-      found = compare(state, given, batch._replace(teacher_rows=None))
+      found = compare(state, given, batch._replace(teacher_rows=None), resident)
       token, mask = collate.fetch((found.plan.token, batch.mask))
       for name, value in token.items():
         values[f'eval/{name}'] = float(value[mask].mean(dtype=np.float64)) if mask.any() else 0.0

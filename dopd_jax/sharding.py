@@ -7,7 +7,7 @@ leave open. (`jax.jit` with these shardings is what used to be called pjit.)
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -105,8 +105,12 @@ def spec(name: str) -> P:
   return found[0]
 
 
-def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def param_shardings(
+  tree: Any, mesh: Mesh | AbstractMesh, split_over: Collection[str] = ('fsdp', 'tensor')
+) -> Any:
   """A NamedSharding for each leaf of a tree of arrays or shapes: parameters, or optimizer state.
+
+  Along axes that are not in `split_over` the devices hold copies.
 
   A dimension that its axis does not divide is replicated along it (3 key heads on tensor=2), since
   uneven shards are not allowed at the edge of jit. Scalars, such as step counts, are replicated.
@@ -119,7 +123,7 @@ def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     if len(rule) != len(leaf.shape):
       raise ValueError(f'{rule} does not fit {jax.tree_util.keystr(path)} of shape {leaf.shape}.')
     fits = (
-      axis if axis is None or size % mesh.shape[axis] == 0 else None
+      axis if axis in split_over and size % mesh.shape[axis] == 0 else None
       for axis, size in zip(rule, leaf.shape)
     )
     return NamedSharding(mesh, P(*fits))

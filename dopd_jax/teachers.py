@@ -1,7 +1,8 @@
-"""What the steps are given beside the state: one model resident, or several that take turns.
+"""What the steps are given beside the state: models that stay on the devices, or take turns there.
 
-Several teachers wait in the hosts' memory. Scoring brings the trunk of one at a time onto the
-devices, for the rows whose records name it; the heads stay, since every update reads them.
+Who is parked waits in the hosts' memory: several teachers, or one whose memory the rollout and the
+update need. Scoring brings the trunk of one at a time onto the devices, for the rows that it reads;
+the heads stay, since every update reads them.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -35,13 +36,15 @@ def park(params: Any) -> Any:
   return _moved(params, 'pinned_host')
 
 
-def heads(policies: Mapping[str, Any]) -> dict[str, Any]:
-  """Of each loaded policy the one array that `model.head` reads, on the devices."""
-  result = {}
-  for name, (model, params, *_) in policies.items():
-    key = 'embedding' if model.config.tie_word_embeddings else 'lm_head'
-    result[name] = {key: _moved(params[key], 'device')}
-  return result
+def is_parked(params: Any) -> bool:
+  """Whether `park` made them."""
+  return jax.tree.leaves(params)[0].sharding.memory_kind == 'pinned_host'
+
+
+def head(model: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+  """The one parameter that `model.head` reads."""
+  key = 'embedding' if model.config.tie_word_embeddings else 'lm_head'
+  return {key: params[key]}
 
 
 def given(policies: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -52,10 +55,18 @@ def given(policies: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], di
   everything, resident = {}, {}
   for kind, by_name in policies.items():
     params = {name: loaded.params for name, loaded in by_name.items()}
-    several = '' not in by_name
-    everything[kind] = Turns(params) if several else params
-    resident[kind] = heads(by_name) if several else params
+    everything[kind] = resident[kind] = params
+    if any(map(is_parked, params.values())):
+      everything[kind] = Turns(params)
+      heads = {name: head(loaded.model, loaded.params) for name, loaded in by_name.items()}
+      resident[kind] = _moved(heads, 'device')
   return everything, resident
+
+
+def compiled(score: Any, policies: Mapping[str, Mapping[str, Any]]) -> Any:
+  """`Steps.score` for a loaded pair: one program, or its parts, between which parked ones move."""
+  everyone = (loaded for by_name in policies.values() for loaded in by_name.values())
+  return score if any(is_parked(loaded.params) for loaded in everyone) else jax.jit(score)
 
 
 def check_records(records: Iterable[Record], names: Collection[str]) -> None:

@@ -199,8 +199,7 @@ def compile_steps(config: Config, pair: Pair, objective: Objective, tx: Any, sta
   )
   where = jax.tree.map(lambda x: x.sharding, state)
   return steps._replace(
-    # Several teachers take turns, which only the host can give them: then the parts are jitted.
-    score=steps.score if config.teachers else jax.jit(steps.score),
+    score=teachers.compiled(steps.score, pair.given),
     update=jax.jit(steps.update, donate_argnums=0, out_shardings=(where, None)),
   )
 

@@ -206,7 +206,11 @@ def lacking(name, **of_program):
   gib = topologies.GIB
   program = {'fits': False, 'needs': 20 * gib, 'temporaries': 15 * gib} | of_program
   mesh = {'data': 1, 'fsdp': 4, 'tensor': 1}
-  return {'programs': {name: program}, 'memory': 16 * gib, 'mesh': mesh, 'kv_heads': 2}
+  held = {'state': 3 * gib, 'teacher': gib}
+  return {
+    **{'programs': {name: program}, 'memory': 16 * gib, 'mesh': mesh, 'kv_heads': 2},
+    'held': held,
+  }
 
 
 @pytest.mark.parametrize(
@@ -226,6 +230,19 @@ def test_the_smallest_change(name, changes, settings):
   assert proposal.settings == settings
   assert 'needs 20.0 GiB of 16.00' in proposal.why
   configs.changed(one, settings)  # is a config
+
+
+def test_a_teacher_waits_outside_where_that_is_enough():
+  one = configs.changed(configs.validate(pairs.config()), {'microbatch': 4, 'mesh.fsdp': 4})
+  gib = topologies.GIB
+  little = lacking('update', needs=int(16.5 * gib))
+  proposal = proposals.smallest_change(one, little)
+  assert proposal.settings == {'teacher.offload': True}
+  assert 'needs 16.5 GiB of 16.00, then about 15.5' in proposal.why
+  offloaded = configs.changed(one, proposal.settings)
+  assert 'mesh.tensor' in proposals.smallest_change(offloaded, little).settings
+  alone = lacking('rollout', needs=int(16.5 * gib), temporaries=0)
+  assert proposals.smallest_change(one, alone).settings == {'teacher.offload': True}
 
 
 def test_weights_that_fill_the_device_ask_for_more_devices():

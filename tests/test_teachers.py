@@ -9,7 +9,17 @@ import optax
 import pytest
 
 from dopd_jax import config as configs
-from dopd_jax import models, objectives, policies, report, state, step, teachers, train
+from dopd_jax import (
+  models,
+  objectives,
+  policies,
+  report,
+  sharding,
+  state,
+  step,
+  teachers,
+  train,
+)
 from dopd_jax.errors import UserError
 from tests import pairs, test_step
 
@@ -122,3 +132,42 @@ def test_mistakes_name_the_record(two, tmp_path):
     configs.validate(pairs.config('dopd', teachers=(('a', 'b'),)))
   with pytest.raises(UserError, match='teachers must be pairs'):
     configs.validate(pairs.config('dopd', teacher__path='', teachers=(('a', 'b'), ('a', 'c'))))
+
+
+def test_a_teacher_may_wait_outside_and_lie_otherwise(tmp_path):
+  """One that is parked, and split over `fsdp` alone, teaches as one that stays as the rules say."""
+
+  def run(name, **more):
+    config = pairs.config('dopd', steps=2, checkpoint__best='', mesh__tensor=2, **more)
+    train.train(configs.validate(config), str(tmp_path / name))
+    return report.read_metrics(str(tmp_path / name / 'metrics.jsonl'))
+
+  changes = {'teacher__offload': True, 'teacher__split_over': ('fsdp',)}
+  for row, want in zip(run('outside', **changes), run('inside'), strict=True):
+    assert row.keys() == want.keys()
+    for name, value in want.items():
+      if not name.startswith('time/'):
+        np.testing.assert_allclose(row[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+  config = configs.validate(pairs.config('dopd', mesh__tensor=2, **changes))
+  mesh = sharding.make_mesh(1, -1, 2)
+  pair = policies.load_pair(config, mesh, {'teacher'})
+  params = pair.teacher.params
+  assert teachers.is_parked(params) and not teachers.is_parked(pair.student.params)
+  assert params['embedding'].sharding.spec == jax.P(None, 'fsdp')
+  _, resident = teachers.given(pair.given)
+  (head,) = resident['teacher'][''].values()
+  assert head.sharding.memory_kind == 'device'
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'student__offload': True}, 'student.offload and student.split_over must stay'),
+    ({'student__split_over': ('fsdp',)}, 'student.offload and student.split_over must stay'),
+    ({'teacher__split_over': ('data',)}, "teacher.split_over may name fsdp and tensor, not 'data'"),
+  ],
+)
+def test_layouts_that_cannot_be(changes, words):
+  with pytest.raises(UserError, match=words):
+    configs.validate(pairs.config('dopd', **changes))

@@ -1,7 +1,8 @@
 """What would make a run fit: one setting at a time, by a rule of thumb from what was measured.
 
 In order of what they cost: fewer rows at once, which only takes longer; recomputation; a cache in
-int8; then other axis sizes, more of one row's work on other devices; then more devices.
+int8; a teacher that waits in host memory; then other axis sizes, more of one row's work on other
+devices; then more devices.
 """
 
 import dataclasses
@@ -56,17 +57,24 @@ def smallest_change(config: Config, report: Mapping[str, Any]) -> Proposal | Non
   shards = mesh['data'] * mesh['fsdp']
   needs, temporaries = program.get('needs'), program.get('temporaries')
 
-  def said(settings: Mapping[str, Any], share: float, why: str) -> Proposal:
+  def said(settings: Mapping[str, Any], share: float, why: str, saved: int = 0) -> Proposal:
+    """`share` of the temporaries would be left, and `saved` bytes of what is held not be there."""
     change = ', '.join(f'--config.{key}={value}' for key, value in settings.items())
     about = ''
     if needs is not None:
-      then = needs - (1 - share) * temporaries
+      then = needs - (1 - share) * temporaries - saved
       about = (
         f'; {name} needs {needs / GIB:.1f} GiB of {limit / GIB:.2f}, then about {then / GIB:.1f}'
       )
     return Proposal(settings, f'{change} ({why}{about})')
 
+  idle = 0 if name == 'score' or config.teacher.offload else report['held'].get('teacher', 0)
+  waits = lambda: said(
+    {'teacher.offload': True}, 1, 'it waits in host memory until it scores', idle
+  )
   if needs is not None and needs - temporaries > limit:
+    if needs - temporaries - idle <= limit:
+      return waits()
     return Proposal({}, f'more devices: weights and optimizer state alone overfill {name}')
   r = config.rollout
   if name == 'rollout':
@@ -79,6 +87,8 @@ def smallest_change(config: Config, report: Mapping[str, Any]) -> Proposal | Non
     return said({'microbatch': config.microbatch // 2}, 0.5, 'half of the rows at a time')
   elif name == 'update' and not config.remat:
     return said({'remat': True}, 0.3, 'blocks are computed again in the backward pass')
+  if idle and needs is not None and needs - idle <= limit:
+    return waits()
   if mesh['fsdp'] % 2 == 0 and mesh['tensor'] < report['kv_heads']:
     settings = {'mesh.fsdp': mesh['fsdp'] // 2, 'mesh.tensor': mesh['tensor'] * 2}
     halved = config.microbatch // 2

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dopd_jax import models, policies, sharding
+from dopd_jax import models, policies, sharding, teachers
 from dopd_jax import state as states
 from dopd_jax.config import Config, Policy
 from dopd_jax.errors import UserError
@@ -50,7 +50,8 @@ def pair(config: Config, mesh: Mesh, weights: Collection[str], platform: str) ->
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     if frozen:
       params = jax.eval_shape(lambda params: models.held(params, dtype), params)
-    return Loaded(model, lying(params, sharding.param_shardings(params, mesh)), None, {})
+    where = sharding.param_shardings(params, mesh, policy.split_over)
+    return Loaded(model, lying(params, where), None, {})
 
   student = load(config.student, frozen=False)
   given = {
@@ -62,6 +63,11 @@ def pair(config: Config, mesh: Mesh, weights: Collection[str], platform: str) ->
   vocabulary: Any = Vocabulary(sizes.vocab_size)
   pad_id = sizes.pad_token_id or 0
   return Pair(student, given, vocabulary, sizes.eos_token_ids, pad_id, None)
+
+
+def resident(policy: Policy, loaded: Loaded) -> Any:
+  """What of a given model stays on the devices while it does not score."""
+  return teachers.head(loaded.model, loaded.params) if policy.offload else loaded.params
 
 
 def architecture(policy: Policy) -> models.DecoderConfig:

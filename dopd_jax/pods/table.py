@@ -29,6 +29,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
   limit = report['memory']
   axes = ' x '.join(f'{axis} {size}' for axis, size in report['mesh'].items())
   held = ', '.join(f'{name} {_gib(n)}' for name, n in report['held'].items())
+  if report['parked']:
+    held += f'; {_gib(report["parked"])} more while the teacher scores'
   tokens = ', '.join(f'{name} {n:,}' for name, n in report['tokens'].items())
   for line in (
     f'{report["teacher"] or "no teacher"} -> {report["student"]}, {report["objective"]}: '
