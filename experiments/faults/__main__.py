@@ -45,7 +45,13 @@ def faults(count: int) -> list[Fault]:
       count,
     ),
     Fault('sigterm', 'SIGTERM', f'saves the step it is at, exit 0; {goes_on}', kills.sigterm, 3),
-    Fault('sigterm_one_of_two', 'SIGTERM to one of two processes', 'both save and end', None, 0),
+    Fault(
+      'one_of_two',
+      'SIGTERM or SIGKILL to one of two processes',
+      f'both save one step, exit 0; or the other ends with a sentence; {goes_on}',
+      kills.one_of_two,
+      4,
+    ),
     Fault('disk_full', 'disk full during a save', f'{sentence}; {goes_on}', disks.full, 3),
     Fault(
       'disk_read_only',
@@ -93,14 +99,14 @@ def inject(
 
   `most` of each fault, where it is not 0.
   """
-  found = {f.name: _read(out / f'{f.name}.json') for f in wanted if f.trials}
+  found = {f.name: _read(out / f'{f.name}.json') for f in wanted}
   behind = {name: len(result.get('trials', [])) for name, result in found.items()}
   with tempfile.TemporaryDirectory(prefix='dopd_jax_faults_') as root, common.bar(console) as bar:
     # Moments differ between the parts of a run that was cut off.
     lab = Lab(pathlib.Path(root), f'{seed} {sum(behind.values())}')
     task = bar.add_task('', total=sum(f.count for f in wanted), completed=sum(behind.values()))
     for fault in wanted:
-      if fault.trials is None or behind[fault.name] >= fault.count:
+      if behind[fault.name] >= fault.count:
         continue
       bar.update(task, description=fault.name)
       trials = found[fault.name].get('trials', [])

@@ -3,7 +3,9 @@
 import signal
 import time
 from collections.abc import Iterator
+from signal import SIGKILL, SIGTERM
 
+from dopd_jax.errors import UserError
 from experiments.faults import lab as labs
 from experiments.faults.lab import EVERY, STEPS, Lab, Trial
 
@@ -47,7 +49,7 @@ def _one_kill(lab: Lab, workdir, number: int) -> Trial:
       process.wait_for(lambda: labs.saving(workdir))
     time.sleep(lab.random.uniform(0, 0.04))
   unfinished = labs.saving(workdir)
-  process.signal(signal.SIGKILL)
+  process.signal(SIGKILL)
   ended = process.end()
   after, row = labs.saved(workdir), labs.last_row(workdir)
   # What was saved stays saved, and what is lost is younger than the last save.
@@ -64,7 +66,7 @@ def _one_kill(lab: Lab, workdir, number: int) -> Trial:
       'checkpoints': after,
       'a_save_was_unfinished': unfinished,
       'steps_behind_the_newest_checkpoint': max(lost, 0),
-      'ended_before_the_kill': ended.code != -signal.SIGKILL,
+      'ended_before_the_kill': ended.code != -SIGKILL,
     },
   )
 
@@ -75,7 +77,7 @@ def sigterm(lab: Lab, done: int = 0) -> Iterator[Trial]:
     workdir = lab.fresh('terminated')
     process = lab.start(workdir)
     process.wait_for(lambda at=workdir, after=after: labs.last_row(at) >= after)
-    process.signal(signal.SIGTERM)
+    process.signal(SIGTERM)
     stopped = process.end()
     row, saves = labs.last_row(workdir), labs.saved(workdir)
     ended = lab.run(workdir)
@@ -84,3 +86,34 @@ def sigterm(lab: Lab, done: int = 0) -> Iterator[Trial]:
     seen = f'exit {stopped.code}, step {row} done, step {saves[-1] if saves else "none"} saved; '
     seen += 'then equal' if same else 'then NOT EQUAL'
     yield Trial(f'SIGTERM after row {after}', seen, good and same, {'row': row})
+
+
+def one_of_two(lab: Lab, done: int = 0) -> Iterator[Trial]:
+  """A signal to one of two processes: SIGTERM ends both at one step, SIGKILL takes the other down.
+
+  Runs of two processes are compared with an unbroken one of two.
+  """
+  whole = lab.fresh('unbroken_both')
+  if any(process.end().code for process in lab.start_both(whole)):
+    raise UserError('the unbroken run of two processes failed')
+  for number, who in ((SIGTERM, 0), (SIGTERM, 1), (SIGKILL, 0), (SIGKILL, 1))[done:]:
+    workdir = lab.fresh('one_of_two')
+    both = lab.start_both(workdir)
+    both[0].wait_for(lambda at=workdir: labs.last_row(at) >= 6)
+    both[who].signal(number)
+    sent = time.monotonic()
+    ended = [process.end() for process in both]
+    seconds = time.monotonic() - sent
+    row, saves = labs.last_row(workdir), labs.saved(workdir)
+    if number == SIGKILL:
+      good = ended[1 - who].told('another process of this run is gone', code=1)
+      good &= bool(saves) and row - saves[-1] <= 2 * EVERY
+    else:
+      good = all(e.code == 0 for e in ended) and saves[-1:] == [row]
+    again = [process.end() for process in lab.start_both(workdir)]
+    same = all(e.code == 0 for e in again) and labs.rows(workdir) == labs.rows(whole)
+    codes = ' and '.join(str(e.code) for e in ended)
+    seen = f'exit {codes} after {seconds:.1f} s, row {row}, step {saves[-1] if saves else "none"} '
+    seen += f'saved; then {"equal" if same else "NOT EQUAL"}'
+    what = f'{signal.Signals(number).name} to process {who}'
+    yield Trial(what, seen, good and same, {'row': row, 'seconds': seconds})

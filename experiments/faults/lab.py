@@ -12,10 +12,12 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dopd_jax import report, tasks
@@ -52,15 +54,14 @@ class Fault:
     name: of its result file.
     injected: what is done, in words.
     expected: what must be seen, in words.
-    trials: makes its injections one after the other, from the given number on; None where another
-      test makes them.
+    trials: makes its injections one after the other, from the given number on.
     count: how many those are.
   """
 
   name: str
   injected: str
   expected: str
-  trials: Callable[['Lab', int], Iterator[Trial]] | None
+  trials: Callable[['Lab', int], Iterator[Trial]]
   count: int
 
 
@@ -120,6 +121,16 @@ class Lab:
     words = [*inside, sys.executable, '-m', *program, *self.flags(workdir, **changes)]
     return Process(words, self.root)
 
+  def start_both(self, workdir: pathlib.Path) -> list['Process']:
+    """Starts the command as two processes of one run, each with a device."""
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      address = f'127.0.0.1:{free.getsockname()[1]}'
+    known = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_COORDINATOR_BIND_ADDRESS': address}
+    known |= {'JAX_NUM_PROCESSES': '2', 'DOPD_JAX_HEARTBEAT_SECONDS': '30'}
+    words = [*TRAIN, *self.flags(workdir)]
+    return [Process(words, self.root, {**known, 'JAX_PROCESS_ID': str(i)}, str(i)) for i in (0, 1)]
+
   def run(self, workdir: pathlib.Path, **options: Any) -> Ended:
     """Starts the command and waits."""
     return self.start(workdir, **options).end()
@@ -178,7 +189,13 @@ class Tail:
 class Process:
   """A command that runs; what it prints goes to a file, so that it never waits for a reader."""
 
-  def __init__(self, words: Sequence[str], root: pathlib.Path):
+  def __init__(
+    self,
+    words: Sequence[str],
+    root: pathlib.Path,
+    env: Mapping[str, str] = types.MappingProxyType({}),
+    name: str = '',
+  ):
     own = {
       'JAX_PLATFORMS': 'cpu',
       'HF_HUB_OFFLINE': '1',
@@ -186,10 +203,10 @@ class Process:
       # A kill may hit the compiler's cache as well: it must not be the user's.
       'JAX_COMPILATION_CACHE_DIR': str(root / 'xla'),
     }
-    self._log = root / 'log.txt'
+    self._log = root / f'log{name}.txt'
     with self._log.open('w') as log:
       self._process = subprocess.Popen(
-        ['nice', *words], cwd=ROOT, env=os.environ | own, stdout=log, stderr=log
+        ['nice', *words], cwd=ROOT, env={**os.environ, **own, **env}, stdout=log, stderr=log
       )
 
   def wait_for(self, condition: Callable[[], bool]) -> None:
