@@ -1,5 +1,7 @@
 # On a fresh machine: `make demo` runs the main job, `make test` the tests that are not slow.
 # Each makes the virtual environment once and installs again only when its recipe changes.
+# The TPU compiler, where there is one for the machine, lies apart from the packages: jax would look
+# for chips in every command. Tests find it there.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,11 +38,13 @@ $(VENV)/.run: $(RECIPE) | $(VENV)/bin/python
 
 $(VENV)/.test: $(RECIPE) | $(VENV)/bin/python
 	$(INSTALL) -e '.[test]'
+	-$(INSTALL) --no-deps --target $(VENV)/libtpu libtpu
 	touch $@ $(VENV)/.run
 
 # The type checker looks into everything that is imported, extras included.
 $(VENV)/.dev: $(RECIPE) | $(VENV)/bin/python
 	$(INSTALL) -e '.[dev,test]'
+	-$(INSTALL) --no-deps --target $(VENV)/libtpu libtpu
 	touch $@ $(VENV)/.run $(VENV)/.test
 
 $(VENV)/.assets: | $(VENV)/.test

@@ -1,6 +1,7 @@
 """Eight fake CPU devices for every test, and absl flags that count as parsed."""
 
 import os
+import sys
 import time
 
 import jax
@@ -47,6 +48,9 @@ def _compile_once() -> None:
 
 
 _compile_once()
+
+# The TPU compiler, where `make` could install it; not on the path of commands under test.
+sys.path.append(os.path.join(sys.prefix, 'libtpu'))
 
 try:
   from absl import flags
