@@ -19,7 +19,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 slow: $(VENV)/.test assets
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from rich import progress
 from rich.console import Console
 
@@ -112,6 +111,8 @@ class Writer:
     self._board = None
     if tensorboard:
       directory = os.path.join(workdir, 'tensorboard')
+      import tensorboardX  # slow where torch is installed, which it then imports
+
       self._board = tensorboardX.SummaryWriter(directory, purge_step=resumed_step + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:

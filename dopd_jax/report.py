@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from rich import box
 from rich.table import Table
-from scipy.stats import binomtest
 
 from dopd_jax.errors import UserError
 from dopd_jax.glossary import metric
@@ -50,6 +49,8 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
   """
   if n == 0 and successes == 0:
     return 0.0, 1.0
+  from scipy.stats import binomtest  # a second to import
+
   interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method='wilson')
   return float(interval.low), float(interval.high)
 

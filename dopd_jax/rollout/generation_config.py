@@ -90,7 +90,7 @@ def stop_ids_warning(student: Sequence[int], teacher: Sequence[int]) -> str | No
 def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
   if value is None:
     return ()
-  return (value,) if isinstance(value, int) else tuple(value)
+  return (value,) if isinstance(value, int) else tuple(i for i in value if i is not None)
 
 
 def _note(name: str, value: Any, used: Any) -> str:

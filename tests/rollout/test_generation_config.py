@@ -71,6 +71,7 @@ def test_stop_ids_of_both_sources():
   assert stop_ids_from([5, 3], None) == (3, 5)
   assert stop_ids_from(None, {'eos_token_id': 0}) == (0,)
   assert stop_ids_from(0) == (0,)
+  assert stop_ids_from(2, {'eos_token_id': [None, 5]}) == (2, 5)
   assert stop_ids_from(None, {}) == ()
 
 
