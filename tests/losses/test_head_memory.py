@@ -83,6 +83,7 @@ def test_streaming_takes_a_quarter():
   assert streamed < whole / 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
 def test_a_tpu_takes_the_same_for_any_number_of_tokens(monkeypatch):
   """Compiled for a v5e, without one."""
