@@ -211,12 +211,13 @@ def refusal(message: str) -> dict[str, Any]:
 def spans_vocabulary(pair: Pair, mesh: jax.sharding.Mesh) -> Callable[[hlo.Array], bool]:
   """Whether an array has a column for each id, or for each id of a shard, as logits have.
 
-  Tables [V, D] and their gradients do not count: weights travel, by the shards of `tensor`. Nor
-  do vocabularies below 1,024 ids, a size that other arrays have too.
+  Tables [V, D] and their gradients do not count, whole or as [tensor, V / tensor, D]: weights
+  travel, by the shards of `tensor`. Nor do vocabularies below 1,024 ids, a size that other arrays
+  have too.
   """
-  columns, widths = set(), set()
+  columns, widths, tensor = set(), set(), mesh.shape['tensor']
   for c in (loaded.model.config for loaded in pair.policies.values()):
-    for parts in {1, mesh.shape['tensor']}:
+    for parts in {1, tensor}:
       exact = -(-c.vocab_size // parts)
       columns |= {exact, -(-exact // 128) * 128} if c.vocab_size >= 1024 else set()
     widths |= {c.hidden_size // n for n in range(1, mesh.shape['fsdp'] + 1)}
@@ -224,6 +225,8 @@ def spans_vocabulary(pair: Pair, mesh: jax.sharding.Mesh) -> Callable[[hlo.Array
   def spans(array: hlo.Array) -> bool:
     sizes = [n for n in array.shape if n != 1]
     rest = [n for n in sizes if n not in columns]
+    if sizes[:1] == [tensor] and len(rest) > 1:
+      rest = rest[1:]
     return len(rest) < len(sizes) and not (len(rest) == 1 and rest[0] in widths)
 
   return spans

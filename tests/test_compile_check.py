@@ -16,7 +16,7 @@ from rich.console import Console
 from dopd_jax import collect, compile_check, models, sharding, train
 from dopd_jax import config as configs
 from dopd_jax.errors import UserError
-from dopd_jax.pods import flops, proposals, topologies
+from dopd_jax.pods import flops, proposals, shapes, topologies
 from dopd_jax.pods.hlo import Array, Program
 from dopd_jax.step import Steps
 from tests import pairs
@@ -90,6 +90,27 @@ def test_logits_that_travel_are_found(directories, monkeypatch):
   monkeypatch.setattr(sharding, 'constrain_columns', lambda x: sharding.constrain_rows(x))
   found = compile_check.check(config(directories, seed=1), topologies.find('cpu:8'), quiet)
   assert found['programs']['rollout']['wide']
+
+
+@pytest.mark.parametrize(
+  'shape, wide',
+  [
+    ((V, 16), False),  # a table whose width lies on four devices
+    ((1, V // 2, 64), False),
+    ((2, V // 2, 16), False),  # gathered over `tensor`
+    ((8, V), True),  # logits of eight rows
+    ((2, 5, V // 2), True),
+    ((2, V // 2, 5), True),
+    ((V // 2, 2, 5), True),
+    ((8, 7, 64), False),
+  ],
+)
+def test_logits_are_told_from_tables(directories, shape, wide):
+  one = config(directories)
+  mesh = sharding.make_mesh(1, 4, 2)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    pair = shapes.pair(one, mesh, {'teacher'}, 'cpu')
+  assert compile_check.spans_vocabulary(pair, mesh)(Array('f32', shape)) == wide
 
 
 def test_weights_are_gathered_once_a_rollout(report, directories):
