@@ -113,11 +113,16 @@ class Judge:
   bucket: int
   seed: int = 0
 
-  def accuracy(self, name: str, generate: Any, params: Any, progress: Progress) -> dict[str, float]:
-    """`{name}`, `{name}_low`, `{name}_high` (95 % Wilson), and seconds; {} for no data."""
+  def accuracy(
+    self, name: str, generate: Any, params: Any, progress: Progress
+  ) -> tuple[dict[str, float], np.ndarray]:
+    """`{name}`, `{name}_low`, `{name}_high` (95 % Wilson), and seconds; {} for no data.
+
+    With them what the verifier says of each record, [n].
+    """
     if not self.examples:
-      return {}
-    start, right = time.monotonic(), 0.0
+      return {}, np.zeros(0)
+    start, found = time.monotonic(), []
     task = progress.add_task(name, total=len(self.examples), rate='')
     key = jax.random.key(self.seed)
     for i in range(0, len(self.examples), self.rows):
@@ -129,18 +134,20 @@ class Judge:
       prompt, index, images = collate.put((prompts['plain'], index, images), self.mesh)
       out = generate(params, prompt, key, index, images)
       own, _, judged = own_rewards(self.pair.tokenizer, chunk, out.tokens, out.mask, self.mesh)
-      right += whole(judged, own, self.rows, self.mesh)[: len(chunk)].sum()
+      found.append(whole(judged, own, self.rows, self.mesh)[: len(chunk)])
       progress.advance(task, len(chunk))
     progress.remove_task(task)
-    n = len(self.examples)
+    judged = np.concatenate(found)
+    right, n = float(judged.sum()), len(judged)
     low, high = report.wilson_interval(round(right), n)
     seconds = time.monotonic() - start
-    return {
+    values = {
       name: right / n,
       f'{name}_low': low,
       f'{name}_high': high,
       f'time/{name.split("/")[-1]}_seconds': seconds,
     }
+    return values, judged
 
 
 def rows_at_once(wanted: int, mesh: jax.sharding.Mesh) -> int:

@@ -110,7 +110,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     pair = pair._replace(student=pair.student._replace(params=None))  # the state owns them now
     steps = compile_steps(config, pair, objective, tx, state)
     ahead = Ahead(make_collect(config, pair, objective, mesh), pipeline, config, mesh)
-    judge = make_judge(config, pair, held_out, mesh)
+    judge = make_judge(config, pair, held_out, mesh, workdir)
     look_inside = probe.make_probe(config, pair, objective, steps)
 
     # ---------------------------------------------------------------- resume
@@ -128,7 +128,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     stopped = stack.enter_context(workdirs.stop_signal())
     progress = stack.enter_context(metrics.bar(console))
     if not done:
-      last = judge(state.params, progress, given)
+      last = judge(0, state.params, progress, given)
       if last:
         writer.write(0, last)
 
@@ -159,7 +159,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
       if look or save:
         values = finished(pending)
         if look:
-          last = judge(state.params, progress)
+          last = judge(step, state.params, progress)
           values |= last | look_inside(state, given, resident, pending.collected.batch)
           clock.restart()  # looking is not training
         writer.write(step, values)
@@ -204,8 +204,13 @@ def compile_steps(config: Config, pair: Pair, objective: Objective, tx: Any, sta
   )
 
 
-def make_judge(config: Config, pair: Pair, held_out: Sequence[Example], mesh: Any) -> Any:
-  """(params, progress, given) -> accuracies; the teacher's where `given` has one to itself."""
+def make_judge(
+  config: Config, pair: Pair, held_out: Sequence[Example], mesh: Any, workdir: str
+) -> Any:
+  """(step, params, progress, given) -> accuracies; the teacher's where `given` has one to itself.
+
+  What the student has right goes to a file of the workdir, so that runs can be compared by record.
+  """
   sampling = Sampling(
     max_new_tokens=config.rollout.max_new_tokens, temperature=config.evaluation.temperature
   )
@@ -217,12 +222,14 @@ def make_judge(config: Config, pair: Pair, held_out: Sequence[Example], mesh: An
   one = lambda model: evaluation.make_generate(model, sampling, pair, gather)
   student = one(pair.student.model)
 
-  def look(params, progress, given=None):
-    values = judge.accuracy('eval/accuracy', student, params, progress)
+  def look(step, params, progress, given=None):
+    values, judged = judge.accuracy('eval/accuracy', student, params, progress)
+    if held_out:
+      workdirs.write_judged(workdir, step, [e.record.id for e in held_out], judged)
     teacher = (given or {}).get('teacher', {}).get('')
     if teacher is not None and config.evaluation.teacher:
       generate = one(pair.models['teacher'][''])
-      values |= judge.accuracy('eval/teacher_accuracy', generate, teacher, progress)
+      values |= judge.accuracy('eval/teacher_accuracy', generate, teacher, progress)[0]
     return values
 
   return look

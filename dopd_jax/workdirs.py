@@ -119,6 +119,15 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     signal.signal(signal.SIGTERM, before)
 
 
+def write_judged(workdir: str, step: int, ids: Sequence[str], rewards: Any) -> None:
+  """`judged/STEP.json`: what the verifier said of each held-out record at a look."""
+  if jax.process_index():
+    return
+  os.makedirs(os.path.join(workdir, 'judged'), exist_ok=True)
+  with writing(os.path.join(workdir, 'judged', f'{step:08d}.json')) as file:
+    json.dump(dict(zip(ids, map(float, rewards), strict=True)), file)
+
+
 def write_pages(workdir: str, console: Console, page: Sequence[dict], method: str) -> None:
   """The table at the end, report.png, and samples.html if there is something to show."""
   source = os.path.join(workdir, 'metrics.jsonl')

@@ -47,6 +47,8 @@ class Experiment:
   # For the tuning runs only: another held-out set, so that the test set never chooses.
   tuning_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   metric: str = 'eval/accuracy'  # higher is better; its last value is what is compared
+  contrasts: Sequence[tuple[str, str]] = ()  # (arm, reference): those that are tested
+  pool: str = ''  # the experiment whose folder keeps the results; arms of one name are one there
 
   def __post_init__(self):
     if not self.arms or not self.seeds:
@@ -55,6 +57,9 @@ class Experiment:
       raise UserError(f'arm {bad[0]!r} must be named by letters, digits, _ and - only')
     if bool(self.learning_rates) != bool(self.tuning_seeds):
       raise UserError('learning_rates and tuning_seeds go together: set both or neither')
+    for arm in (arm for pair in self.contrasts for arm in pair):
+      if arm not in self.arms:
+        raise UserError(configs.unknown('arm in contrasts', arm, self.arms))
     seeds = [*self.seeds, *self.tuning_seeds]
     if len(set(seeds)) < len(seeds):
       raise UserError(f'seeds and tuning_seeds must all differ, not {seeds}')

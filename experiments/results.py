@@ -21,9 +21,15 @@ from dopd_jax.errors import UserError
 from experiments.grid import Experiment, Run
 
 
-def read(out: pathlib.Path, kind: str) -> list[dict[str, Any]]:
-  """The results in `results` or `tuning`, by file name; raises `UserError` for a broken file."""
-  return [_read(path) for path in sorted((out / kind).glob('*.json'))]
+def read(experiment: Experiment, out: pathlib.Path, kind: str) -> list[dict[str, Any]]:
+  """An experiment's results in `results` or `tuning`, by file name; others may lie beside them.
+
+  Raises:
+    UserError: a broken file.
+  """
+  seeds = experiment.tuning_seeds if kind == 'tuning' else experiment.seeds
+  found = [_read(path) for path in sorted((out / kind).glob('*.json'))]
+  return [r for r in found if r['arm'] in experiment.arms and r['seed'] in seeds]
 
 
 def done(run: Run, out: pathlib.Path) -> bool:

@@ -7,9 +7,10 @@ r"""Runs a comparison and writes its results, table and figure.
 `experiments/NAME/experiment.py` says what is compared; NAME may also be the path of a folder. First
 every arm is trained at every learning rate on the tuning seeds, and the rate with the best mean
 final metric is taken; then every arm is trained on every seed. A run writes one JSON file when it
-has ended, under `results/` or `tuning/`; `table.md` and `curves.png` are made from these files
-alone. A command that was cut off goes on when it is given again: runs with a file are skipped, the
-others go on from their last checkpoint.
+has ended, under `results/` or `tuning/`, its own or those of the experiment that it shares arms
+with (`pool`); `table.md` and `curves.png` are made from these files alone. A command that was cut
+off goes on when it is given again: runs with a file are skipped, the others go on from their last
+checkpoint.
 
 After a change of code that no config shows, delete the files and the workdirs to run anew.
 """
@@ -65,11 +66,21 @@ def walk(
     go('runs', planned)
 
 
-def write(experiment: Experiment, name: str, out: pathlib.Path, console: Console) -> None:
-  """`table.md` and `curves.png` from the result files; raises `UserError` if there are none."""
-  final, tuning = results.read(out, 'results'), results.read(out, 'tuning')
+def write(
+  experiment: Experiment, name: str, kept: pathlib.Path, out: pathlib.Path, console: Console
+) -> None:
+  """`table.md` and `curves.png` from the result files; raises `UserError` if there are none.
+
+  Args:
+    experiment: what was compared.
+    name: of its folder.
+    kept: where the results lie.
+    out: where the pages go.
+    console: where the tables are shown.
+  """
+  final, tuning = (results.read(experiment, kept, kind) for kind in ('results', 'tuning'))
   if not final and not tuning:
-    raise UserError(f'there are no results in {out}: run the experiment first, or name its --out')
+    raise UserError(f'there are no results in {kept}: run the experiment first, or name its --out')
   made = tables.tables(experiment, final, tuning)
   for table in made:
     console.print(table.rich(console.width), '')
@@ -89,9 +100,10 @@ def main() -> None:
     if arm not in experiment.arms:
       raise UserError(configs.unknown('arm in --arms', arm, experiment.arms))
   out = pathlib.Path('experiments') / _NAME
-  runs = pathlib.Path('runs/experiments') / out.name
+  kept = out.with_name(experiment.pool) if experiment.pool else out
+  runs = pathlib.Path('runs/experiments') / kept.name
   if FLAGS.out or FLAGS.smoke:
-    out = pathlib.Path(FLAGS.out or tempfile.mkdtemp(prefix=f'{out.name}-smoke-'))
+    out = kept = pathlib.Path(FLAGS.out or tempfile.mkdtemp(prefix=f'{out.name}-smoke-'))
     runs = out / 'runs'
   runs = pathlib.Path(FLAGS.runs) if FLAGS.runs else runs
   console = Console()
@@ -102,12 +114,12 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-      execute = workers.in_processes(FLAGS.jobs, out, runs, common.commit())
-      walk(experiment, arms, out, execute, console, FLAGS.smoke)
+      execute = workers.in_processes(FLAGS.jobs, kept, runs, common.commit())
+      walk(experiment, arms, kept, execute, console, FLAGS.smoke)
     except KeyboardInterrupt:
       console.print('Stopped; the same command goes on from here.')
       raise
-  write(experiment, _NAME, out, console)
+  write(experiment, _NAME, kept, out, console)
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from rich import table as rich_table
 
 from dopd_jax import report
 from dopd_jax.glossary import metric as about
+from experiments.contrasts import Contrast, contrasts
 from experiments.grid import Experiment
 from experiments.results import Estimate, Summary, cells, mean, summarise
 
@@ -68,6 +69,8 @@ def tables(
   found = summarise(experiment, results)
   rates = {s.arm: {r['learning_rate'] for r in s.results} for s in found}
   made = [_arms_table(experiment, found)]
+  if tested := contrasts(experiment.contrasts, results, experiment.metric):
+    made.append(_contrasts_table(experiment, tested))
   if tuning:
     made.append(_tuning_table(experiment, tuning, rates))
   return made
@@ -126,6 +129,19 @@ def _arms_table(experiment: Experiment, found: Sequence[Summary]) -> Table:
     row += [interval(experiment.metric, s.final), difference]
     rows.append(row + [f'{s.means[m]:.3g}' if m in s.means else NONE for m in extra])
   return Table('Arms', heads, rows)
+
+
+def _contrasts_table(experiment: Experiment, tested: Sequence[Contrast]) -> Table:
+  metric = experiment.metric
+  percent = ', points' if is_share(metric) else ''
+  heads = ['contrast', 'n', f'difference{percent}', 'bootstrap, seeds and problems', 'p', 'Holm p']
+  rows = []
+  for c in tested:
+    both = f'{cell(metric, c.low, "+")} to {cell(metric, c.high, "+")}'
+    difference = interval(metric, c.difference, '+')
+    p = [f'{value:.2g}' for value in (c.p, c.corrected)]
+    rows.append([f'{c.arm} - {c.reference}', str(c.difference.n), difference, both, *p])
+  return Table('Contrasts, paired by seed; p of exact sign flips', heads, rows)
 
 
 def _tuning_table(

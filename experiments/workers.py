@@ -65,6 +65,7 @@ def perform(
     ),
     'config': about['config'],
     'means': means(rows),
+    **({'judged': judged} if (judged := judged_last(workdir)) else {}),
     'rows': [row for row in rows if any(name.startswith('eval/') for name in row)],
   }
   result = rounded(result)
@@ -73,6 +74,16 @@ def perform(
   with workdirs.writing(str(run.file(out))) as file:
     file.write('{\n' + ',\n'.join(f'"{key}": {text}' for key, text in parts.items()) + '\n}\n')
   return result
+
+
+def judged_last(workdir: pathlib.Path) -> str:
+  """What the student has right at the last look, 0 or 1 a held-out record, in their order.
+
+  Empty where there is none, or a reward between 0 and 1.
+  """
+  files = sorted((workdir / 'judged').glob('*.json'))
+  rewards = list(json.loads(files[-1].read_text()).values()) if files else []
+  return ''.join(f'{int(r)}' for r in rewards) if set(rewards) <= {0.0, 1.0} else ''
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -230,10 +230,26 @@ def test_a_stopped_run_is_a_result(tmp_path):
   got = json.loads((tmp_path / 'results' / 'opd.seed2.json').read_text())
   assert got['stopped'] == 'the loss is not finite at step 2'
   assert walk(tmp_path, trainer)[18:] == []
-  run.write(EXPERIMENT, 'x', tmp_path, Console(quiet=True))
+  run.write(EXPERIMENT, 'x', tmp_path, tmp_path, Console(quiet=True))
   page = (tmp_path / 'table.md').read_text()
   assert '| opd | 0.0005 | 2 (1 stopped) |' in page
   assert '| dopd | 0.001 | stopped | stopped | stopped |  |' in page
+
+
+def test_experiments_share_the_arms_of_a_pool(tmp_path):
+  walk(tmp_path / 'pool', Trainer())
+  arms = {'opd': EXPERIMENT.arms['opd'], 'cold': Arm('method=opd', {'evaluation.temperature': 0.5})}
+  other = dataclasses.replace(
+    EXPERIMENT, arms=arms, seeds=(0, 1), contrasts=[('cold', 'opd')], pool='pool'
+  )
+  ran = walk(tmp_path / 'pool', Trainer(), other)
+  assert len(ran) == 6 + 2 and all(c.evaluation.temperature == 0.5 for c in ran)
+  run.write(other, 'x', tmp_path / 'pool', tmp_path, Console(quiet=True))
+  page = (tmp_path / 'table.md').read_text()
+  assert 'dopd' not in page and '| opd | 0.0005 | 2 |' in page
+  assert '| cold - opd | 2 | +0.0 ± 0.0 |' in page
+  with pytest.raises(UserError, match="unknown arm in contrasts 'col'"):
+    dataclasses.replace(EXPERIMENT, contrasts=[('col', 'opd')])
 
 
 def test_a_run_that_was_cut_off_leaves_no_result(tmp_path):
@@ -249,9 +265,9 @@ def test_a_run_that_was_cut_off_leaves_no_result(tmp_path):
 
 def test_the_report_needs_the_files_only(tmp_path):
   with pytest.raises(UserError, match='no results'):
-    run.write(EXPERIMENT, 'x', tmp_path, Console(quiet=True))
+    run.write(EXPERIMENT, 'x', tmp_path, tmp_path, Console(quiet=True))
   walk(tmp_path, Trainer())
-  run.write(EXPERIMENT, 'x', tmp_path, Console(quiet=True))
+  run.write(EXPERIMENT, 'x', tmp_path, tmp_path, Console(quiet=True))
   page = (tmp_path / 'table.md').read_text()
   # Seeds add 0, 1 and 2 points: s = 1 point, half = 4.302653 / sqrt(3); the arms differ by 10.
   assert '| opd | 0.0005 | 3 | 25.0 | 61.0 ± 2.5 | – | 18.1 |' in page
