@@ -38,6 +38,13 @@ from dopd_jax.policies import Pair
 
 FLAGS = flags.FLAGS
 PROGRAMS = ('rollout', 'score', 'update')
+# Which of them another value changes; of a setting that is not here, all.
+CHANGES = {
+  'rollout.prompts_at_once': {'rollout'},
+  'rollout.kv_cache': {'rollout'},
+  'microbatch': {'score', 'update'},
+  'remat': {'update'},
+}
 
 
 def check(
@@ -243,10 +250,15 @@ def search(
   asked = config
   config = proposals.fitting_mesh(config, config.objective.build(), len(topology.devices))
   changes: dict[str, Any] = {}
+  known: dict[str, Any] = {}
+  todo = set(wanted)
   if config != asked:
     changes = {'mesh.fsdp': config.mesh.fsdp, 'mesh.tensor': config.mesh.tensor}
   while True:
-    report = check(config, topology, console.print, wanted) | {'changes': changes}
+    report = check(config, topology, console.print, todo) | {'changes': changes}
+    known |= report['programs']
+    report['programs'] = {name: known[name] for name in PROGRAMS if name in known}
+    report['fits'] = all(program['fits'] for program in known.values())
     table.show(report, console)
     proposal = proposals.smallest_change(config, report)
     if proposal is None:
@@ -258,6 +270,8 @@ def search(
     if not proposal.settings or not most:
       return report
     config, most = configs.changed(config, proposal.settings), most - 1
+    touched = (CHANGES.get(key, PROGRAMS) for key in proposal.settings)
+    todo = set(wanted) & set().union(*touched)
     changes = changes | dict(proposal.settings)
 
 

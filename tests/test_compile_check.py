@@ -253,6 +253,39 @@ def test_the_smallest_change(name, changes, settings):
   configs.changed(one, settings)  # is a config
 
 
+def test_as_many_halvings_as_are_needed():
+  one = configs.changed(configs.validate(pairs.config()), {'mesh.fsdp': 4, 'microbatch': 16})
+  gib = topologies.GIB
+  sizes = {'needs': 40 * gib, 'temporaries': 35 * gib}
+  assert proposals.smallest_change(one, lacking('update', **sizes)).settings == {'microbatch': 4}
+  # One that was refused is known by what it needs at least: 4 GiB of it are held.
+  refused = lacking('update')
+  refused['programs']['update'] = {'fits': False, 'needs_at_least': 27 * gib}
+  proposal = proposals.smallest_change(one, refused)
+  assert proposal.settings == {'microbatch': 8} and 'then about 15.5' in proposal.why
+
+
+def test_a_search_compiles_anew_what_a_change_touches(monkeypatch):
+  asked = []
+
+  def check(config, topology, tell, wanted):
+    asked.append(set(wanted))
+    report = lacking('update')
+    fits = {'rollout': config.rollout.prompts_at_once > 0, 'score': True, 'update': config.remat}
+    program = report['programs'].pop('update')
+    report['programs'] = {name: program | {'fits': fits[name]} for name in wanted}
+    return report
+
+  monkeypatch.setattr(compile_check, 'check', check)
+  monkeypatch.setattr(compile_check.table, 'show', lambda report, console: None)
+  changes = {'microbatch': 4, 'mesh.fsdp': 4, 'remat': False, 'rollout.prompts': 8}
+  one = configs.changed(configs.validate(pairs.config()), changes)
+  found = compile_check.search(one, topologies.find('cpu:4'), Console(quiet=True), most=4)
+  assert asked == [{'rollout', 'score', 'update'}, {'rollout'}, {'update'}]
+  assert found['fits'] and list(found['programs']) == ['rollout', 'score', 'update']
+  assert found['changes'] == {'rollout.prompts_at_once': 4, 'remat': True}
+
+
 def test_a_teacher_waits_outside_where_that_is_enough():
   one = configs.changed(configs.validate(pairs.config()), {'microbatch': 4, 'mesh.fsdp': 4})
   gib = topologies.GIB

@@ -55,7 +55,9 @@ def smallest_change(config: Config, report: Mapping[str, Any]) -> Proposal | Non
   name = max(lacking, key=lambda name: lacking[name].get('needs', math.inf))
   program, limit, mesh = lacking[name], report['memory'], report['mesh']
   shards = mesh['data'] * mesh['fsdp']
-  needs, temporaries = program.get('needs'), program.get('temporaries')
+  # Who was refused has no temporaries: what it needs at least, without what is held.
+  needs = program.get('needs', program.get('needs_at_least'))
+  temporaries = program.get('temporaries', max((needs or 0) - sum(report['held'].values()), 0))
 
   def said(settings: Mapping[str, Any], share: float, why: str, saved: int = 0) -> Proposal:
     """`share` of the temporaries would be left, and `saved` bytes of what is held not be there."""
@@ -68,6 +70,15 @@ def smallest_change(config: Config, report: Mapping[str, Any]) -> Proposal | Non
       )
     return Proposal(settings, f'{change} ({why}{about})')
 
+  def halvings(rows: int) -> int:
+    """How often to halve the rows until what they take fits; the shards must divide the rest."""
+    count = 0
+    while rows // shards > 1 and not rows // 2 % shards:
+      rows, count = rows // 2, count + 1
+      if needs is None or needs - (1 - 0.5**count) * temporaries <= limit:
+        break
+    return count
+
   idle = 0 if name == 'score' or config.teacher.offload else report['held'].get('teacher', 0)
   waits = lambda: said(
     {'teacher.offload': True}, 1, 'it waits in host memory until it scores', idle
@@ -79,12 +90,12 @@ def smallest_change(config: Config, report: Mapping[str, Any]) -> Proposal | Non
   r = config.rollout
   if name == 'rollout':
     once = r.prompts_at_once or r.prompts
-    if once // shards > 1 and not once // 2 % shards:
-      return said({'rollout.prompts_at_once': once // 2}, 0.5, 'half of the cache at a time')
+    if n := halvings(once):
+      return said({'rollout.prompts_at_once': once >> n}, 0.5**n, 'less of the cache at a time')
     if r.kv_cache == 'compute':
       return said({'rollout.kv_cache': 'int8'}, 0.6, 'keys and values in half of the bytes')
-  elif config.microbatch // shards > 1 and not config.microbatch // 2 % shards:
-    return said({'microbatch': config.microbatch // 2}, 0.5, 'half of the rows at a time')
+  elif n := halvings(config.microbatch):
+    return said({'microbatch': config.microbatch >> n}, 0.5**n, 'fewer rows at a time')
   elif name == 'update' and not config.remat:
     return said({'remat': True}, 0.3, 'blocks are computed again in the backward pass')
   if idle and needs is not None and needs - idle <= limit:
