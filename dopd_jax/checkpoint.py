@@ -211,10 +211,12 @@ class Checkpoints:
     text = disk_reason(error)
     cure = 'make room or choose a workdir that can be written, then ' if text else ''
     text = text or ' '.join(str(error).split())[:200]
-    return SaveFailed(
+    failed = SaveFailed(
       f'the checkpoint at step {step} could not be saved in {self._root} ({text}): {cure}start '
       f'again; {last}'
     )
+    failed.__cause__ = error  # it may be that another process is gone
+    return failed
 
 
 def _files(directory: epath.Path) -> list[epath.Path]:

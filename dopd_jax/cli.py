@@ -87,6 +87,8 @@ def _guarded(
     keep_compilations()
     main()
   except UserError as error:
+    if gone := next((e for e in _chain(error) if distributed.lost(e)), None):
+      _gone(gone)
     at_once = isinstance(error, SaveFailed) or any(disk_reason(e) for e in _chain(error))
     _fail(str(error), at_once)
   except Stopped as error:
@@ -112,12 +114,16 @@ def _guarded(
       )
     if not distributed.lost(error):
       raise
-    print(
-      f'stopped: another process of this run is gone ({_sentence(error)[:99]}): see its own log, '
-      'then start all of them again; the same command goes on from the last checkpoint',
-      file=sys.stderr,
-    )
-    sys.exit(1)
+    _gone(error)
+
+
+def _gone(error: BaseException) -> NoReturn:
+  print(
+    f'stopped: another process of this run is gone ({_sentence(error)[:99]}): see its own log, '
+    'then start all of them again; the same command goes on from the last checkpoint',
+    file=sys.stderr,
+  )
+  sys.exit(1)
 
 
 def _ours_or_serious(record) -> bool:

@@ -252,7 +252,7 @@ def first(number: int) -> int:
 
 
 def lost(error: BaseException) -> bool:
-  """Whether an error of XLA says that another process is gone."""
+  """Whether an error of XLA, or of a save that waits for the others, says that one is gone."""
   return jax.distributed.is_initialized() and any(word in str(error) for word in _LOST)
 
 

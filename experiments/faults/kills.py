@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
-from signal import SIGKILL, SIGTERM
+from signal import SIGABRT, SIGKILL, SIGTERM
 
 from dopd_jax.errors import UserError
 from experiments.faults import lab as labs
@@ -106,7 +106,10 @@ def one_of_two(lab: Lab, done: int = 0) -> Iterator[Trial]:
     seconds = time.monotonic() - sent
     row, saves = labs.last_row(workdir), labs.saved(workdir)
     if number == SIGKILL:
-      good = ended[1 - who].told('another process of this run is gone', code=1)
+      # Where process 0 is gone jax may be first to say so, and abort.
+      other = ended[1 - who]
+      by_jax = other.code == -SIGABRT and 'another task died' in other.log
+      good = by_jax or other.told('another process of this run is gone', code=1)
       good &= bool(saves) and row - saves[-1] <= 2 * EVERY
     else:
       good = all(e.code == 0 for e in ended) and saves[-1:] == [row]
@@ -116,4 +119,5 @@ def one_of_two(lab: Lab, done: int = 0) -> Iterator[Trial]:
     seen = f'exit {codes} after {seconds:.1f} s, row {row}, step {saves[-1] if saves else "none"} '
     seen += f'saved; then {"equal" if same else "NOT EQUAL"}'
     what = f'{signal.Signals(number).name} to process {who}'
-    yield Trial(what, seen, good and same, {'row': row, 'seconds': seconds})
+    said = [e.sentence[:300] for e in ended]
+    yield Trial(what, seen, good and same, {'row': row, 'seconds': seconds, 'said': said})
