@@ -68,6 +68,9 @@ setuptools.setup(
       'scikit-learn>=1.5',
       'gguf>=0.17',
       'tensorboard>=2.19',  # reads the event files back
+      'nbclient>=0.10',  # runs the notebooks of colab/
+      'nbformat>=5.10',
+      'ipykernel>=6.29',
     ],
     'dev': ['ruff>=0.12', 'pyrefly>=1.0'],
   },
