@@ -177,7 +177,8 @@ def _compile(fn: Any, args: Any, held: Any, spans: Any) -> tuple[Any, dict[str, 
     # Of the state and the given models, what this program does not read.
     'beside': shapes.bytes_a_device([x for x in jax.tree.leaves(held) if id(x) not in read]),
   }
-  collectives = program.collectives()
+  every = program.collectives()
+  collectives = program.heaviest(every)
   return compiled, {
     'seconds': seconds,
     **sizes,
@@ -185,9 +186,13 @@ def _compile(fn: Any, args: Any, held: Any, spans: Any) -> tuple[Any, dict[str, 
     'peak': memory.peak_memory_in_bytes + sizes['beside'],
     'xla_flops': (compiled.cost_analysis() or {}).get('flops'),  # bodies of loops once
     'collectives': [
-      {**c._asdict(), 'arrays': list(map(str, c.arrays)), 'bytes': c.bytes} for c in collectives
+      {
+        **{'kind': c.kind, 'arrays': list(map(str, c.arrays)), 'times': c.times},
+        **{'bytes': c.bytes, 'source': c.source},
+      }
+      for c in collectives
     ],
-    'wide': [f'{c.kind} {a} {c.source}' for c in collectives for a in c.arrays if spans(a)],
+    'wide': [f'{c.kind} {a} {c.source}' for c in every for a in c.arrays if spans(a)],
     'largest': [
       {'array': str(x.array), 'bytes': x.array.bytes, 'source': x.source}
       for x in program.largest(8)
@@ -232,9 +237,11 @@ def spans_vocabulary(pair: Pair, mesh: jax.sharding.Mesh) -> Callable[[hlo.Array
   def spans(array: hlo.Array) -> bool:
     sizes = [n for n in array.shape if n != 1]
     rest = [n for n in sizes if n not in columns]
-    if sizes[:1] == [tensor] and len(rest) > 1:
+    if len(rest) == len(sizes):
+      return False
+    if len(rest) == 2 and sizes[0] == tensor:
       rest = rest[1:]
-    return len(rest) < len(sizes) and not (len(rest) == 1 and rest[0] in widths)
+    return not (len(rest) == 1 and rest[0] in widths)
 
   return spans
 

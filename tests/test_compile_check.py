@@ -103,6 +103,7 @@ def test_logits_that_travel_are_found(directories, monkeypatch):
     ((2, V // 2, 5), True),
     ((V // 2, 2, 5), True),
     ((8, 7, 64), False),
+    ((2, 7, 64), False),
   ],
 )
 def test_logits_are_told_from_tables(directories, shape, wide):
@@ -386,6 +387,32 @@ ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
   )
   (found,) = program.collectives()
   assert (found.kind, found.times, found.bytes) == ('all-gather', 28, 28 * 8 * 4 * 2)
+
+
+def test_of_a_conditional_the_branch_that_moves_most_counts():
+  program = Program(
+    """
+%few (x: bf16[8,4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  ROOT %g = bf16[8,4]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+}
+%many (x: bf16[8,4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %g = bf16[8,4]{1,0} all-gather(%x), channel_id=2, dimensions={0}
+  ROOT %h = bf16[8,4]{1,0} all-gather(%g), channel_id=3, dimensions={0}
+}
+ENTRY %main (a: bf16[8,4], i: s32[]) -> bf16[8,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %r = bf16[8,4]{1,0} all-reduce(%a), channel_id=4, to_apply=%add
+  ROOT %c = bf16[8,4]{1,0} conditional(%i, %r, %r), branch_computations={%few, %many}
+}
+"""
+  )
+  every = program.collectives()
+  assert len(every) == 4
+  kinds = [c.kind for c in program.heaviest(every)]
+  assert kinds == ['all-gather', 'all-gather', 'all-reduce']
 
 
 def run(*args, **env):

@@ -8,6 +8,7 @@ did. Where the bound is computed (tiles of rows that carry loss), the body count
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _COLLECTIVES = (
@@ -45,6 +46,8 @@ class Collective(NamedTuple):
   arrays: tuple[Array, ...]
   times: int
   source: str  # where in the traced program
+  conditional: str = ''  # the outermost one around it
+  branch: str = ''  # in which of its branches
 
   @property
   def bytes(self) -> int:
@@ -96,11 +99,31 @@ class Program:
         arrays = arrays[len(arrays) // 2 :] if len(arrays) > 1 else arrays  # behind the operands
       arrays = tuple(a for a in arrays if a.shape) or tuple(arrays[:1])
       channel = re.search(r'channel_id=(\d+)', i.rest)
-      made = Collective(kind, arrays, self._times(where), _source(i))
+      made = Collective(kind, arrays, self._times(where), _source(i), *self._branch(where))
       key = channel[1] if channel else f'{where}/{name}'
       if key not in found or made.bytes > found[key].bytes:
         found[key] = made
     return sorted(found.values(), key=lambda c: -c.bytes)
+
+  @staticmethod
+  def heaviest(collectives: Sequence[Collective]) -> list[Collective]:
+    """Of every conditional the collectives of the branch that moves most; all that are outside."""
+    moved: dict[str, dict[str, int]] = {}
+    for c in collectives:
+      branches = moved.setdefault(c.conditional, {})
+      branches[c.branch] = branches.get(c.branch, 0) + c.bytes
+    most = {conditional: max(by, key=lambda b: by[b]) for conditional, by in moved.items()}
+    return [c for c in collectives if c.branch == most[c.conditional]]
+
+  def _branch(self, computation: str) -> tuple[str, str]:
+    """The outermost conditional around a computation and the branch that it is in, or ''."""
+    result = '', ''
+    while computation in self._callers:
+      where, name = self._callers[computation][0]
+      if self._computations[where][name].kind == 'conditional':
+        result = f'{where}/{name}', computation
+      computation = where
+    return result
 
   def largest(self, count: int) -> list[Large]:
     """The largest arrays that are made outside of fusions, each shape once."""
