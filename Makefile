@@ -8,6 +8,7 @@ VENV ?= .venv
 WORKDIR ?= runs/quickstart
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+LIBTPU = $(INSTALL) --no-deps --upgrade --target $(VENV)/libtpu libtpu
 RECIPE = setup.py constraints.txt Makefile
 
 .PHONY: demo test slow lint assets clean
@@ -38,13 +39,13 @@ $(VENV)/.run: $(RECIPE) | $(VENV)/bin/python
 
 $(VENV)/.test: $(RECIPE) | $(VENV)/bin/python
 	$(INSTALL) -e '.[test]'
-	-$(INSTALL) --no-deps --target $(VENV)/libtpu libtpu
+	-$(LIBTPU)
 	touch $@ $(VENV)/.run
 
 # The type checker looks into everything that is imported, extras included.
 $(VENV)/.dev: $(RECIPE) | $(VENV)/bin/python
 	$(INSTALL) -e '.[dev,test]'
-	-$(INSTALL) --no-deps --target $(VENV)/libtpu libtpu
+	-$(LIBTPU)
 	touch $@ $(VENV)/.run $(VENV)/.test
 
 $(VENV)/.assets: | $(VENV)/.test

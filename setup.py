@@ -46,7 +46,7 @@ setuptools.setup(
     'pyarrow>=20',  # parquet
     'msgpack>=1.1',  # records in array_record files
     'numpy>=2.0',
-    'scipy>=1.14',  # Wilson intervals
+    'scipy>=1.15',  # Wilson intervals, permutation tests
     'Pillow>=10.4',  # images
     'jaxtyping>=0.3',  # shapes in signatures
     'etils[epath]>=1.12',  # paths on disks and buckets alike

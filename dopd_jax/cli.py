@@ -87,7 +87,8 @@ def _guarded(
     keep_compilations()
     main()
   except UserError as error:
-    if gone := next((e for e in _chain(error) if distributed.lost(e)), None):
+    of_save = _chain(error) if isinstance(error, SaveFailed) else ()
+    if gone := next((e for e in of_save if distributed.lost(e)), None):
       _gone(gone)
     at_once = isinstance(error, SaveFailed) or any(disk_reason(e) for e in _chain(error))
     _fail(str(error), at_once)

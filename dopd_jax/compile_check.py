@@ -187,8 +187,11 @@ def _compile(fn: Any, args: Any, held: Any, spans: Any) -> tuple[Any, dict[str, 
     'xla_flops': (compiled.cost_analysis() or {}).get('flops'),  # bodies of loops once
     'collectives': [
       {
-        **{'kind': c.kind, 'arrays': list(map(str, c.arrays)), 'times': c.times},
-        **{'bytes': c.bytes, 'source': c.source},
+        'kind': c.kind,
+        'arrays': list(map(str, c.arrays)),
+        'times': c.times,
+        'bytes': c.bytes,
+        'source': c.source,
       }
       for c in collectives
     ],
@@ -207,6 +210,8 @@ def refusal(message: str) -> dict[str, Any]:
   units = {'K': 2**10, 'M': 2**20, 'G': 2**30}
   if sizes := re.findall(r'\b(\d+(?:\.\d+)?)([KMG])\b', sentence):
     found['needs_at_least'] = max(int(float(n) * units[unit]) for n, unit in sizes)
+  if 'HLO temporaries' in sentence:
+    found['temporaries'] = found['needs_at_least']
   buffers = re.split(r'\n\s*\d+\. Size: ', message)[1:]
   part = lambda pattern, text: (re.search(pattern, text) or ('', ''))[1]
   found['largest'] = [

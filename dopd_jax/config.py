@@ -189,6 +189,10 @@ MEMORY = (
   'rollout.slots',
   'rollout.prompts_at_once',
   'rollout.gather_weights',
+  'teacher.offload',
+  'teacher.split_over',
+  'reference.offload',
+  'reference.split_over',
 )
 
 
@@ -391,7 +395,7 @@ def _check(c: Config) -> None:
     raise UserError(
       "teachers must be pairs of a name of its own and a path: (('math', 'DIR'), ...)"
     )
-  if c.student.offload or set(c.student.split_over) != {'fsdp', 'tensor'}:
+  if c.student.offload or tuple(c.student.split_over) != ('fsdp', 'tensor'):
     raise UserError(
       'student.offload and student.split_over must stay as they are: what trains lies as its '
       "optimizer's state does; set the teacher's"

@@ -1,5 +1,6 @@
 r"""From what a config says to models on the mesh: weights, tokenizer, and whether the pair fits."""
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -108,8 +109,10 @@ def load_pair(config: Config, mesh: jax.sharding.Mesh, weights: Collection[str] 
 
   given: dict[str, dict[str, Loaded]] = {}
   if 'teacher' in weights and config.teachers:
-    several = ((name, Policy(path=path, offload=True)) for name, path in config.teachers)
-    given['teacher'] = {name: other(policy, 'teacher') for name, policy in several}
+    given['teacher'] = {
+      name: other(dataclasses.replace(config.teacher, path=path, offload=True), 'teacher')
+      for name, path in config.teachers
+    }
   elif 'teacher' in weights:
     if not config.teacher.path:
       raise UserError('this objective needs a teacher: set teacher.path to a model directory')

@@ -36,6 +36,7 @@ from dopd_jax.microbatches import (
 from dopd_jax.models import Model
 from dopd_jax.objectives import Objective, Plan, Seen, Signals, View, make_plan
 from dopd_jax.state import TrainState
+from dopd_jax.teachers import Turns
 
 
 class Prompt(NamedTuple):
@@ -255,10 +256,14 @@ def make_steps(
         if mine is not None and not len(mine):
           continue  # no record of this batch has this teacher
         images = (batch.images or {}).get(view.image)
+        takes_turns = isinstance(given.get(view.weights), Turns)
+        if takes_turns:  # it comes where the cache of the rollout and the last update have gone
+          jax.block_until_ready((batch.tokens, state.step))
         found = asks[name, reader](params_of(view, reader, state, given), images, mine, whole)
         if mine is not None:
           found = jax.tree.map(lambda x, i=mine: _spread(x, i, batch.tokens.shape[0]), found)
-          jax.block_until_ready(found)  # the next teacher waits for the memory of this one
+        if takes_turns:
+          jax.block_until_ready(found)  # the next one waits for the memory of this one
         hidden[name][reader] = found[0]
         parts.append(found[1])
       signals[name] = jax.tree.map(lambda *x: sum(x), *parts)

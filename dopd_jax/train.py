@@ -226,8 +226,9 @@ def make_judge(
     values, judged = judge.accuracy('eval/accuracy', student, params, progress)
     if held_out:
       workdirs.write_judged(workdir, step, [e.record.id for e in held_out], judged)
-    teacher = (given or {}).get('teacher', {}).get('')
-    if teacher is not None and config.evaluation.teacher:
+    teachers_of_run = (given or {}).get('teacher', {})
+    if held_out and config.evaluation.teacher and '' in teachers_of_run:
+      teacher = teachers_of_run['']  # one that is parked comes onto the devices
       generate = one(pair.models['teacher'][''])
       values |= judge.accuracy('eval/teacher_accuracy', generate, teacher, progress)[0]
     return values

@@ -123,7 +123,6 @@ def write_judged(workdir: str, step: int, ids: Sequence[str], rewards: Any) -> N
   """`judged/STEP.json`: what the verifier said of each held-out record at a look."""
   if jax.process_index():
     return
-  os.makedirs(os.path.join(workdir, 'judged'), exist_ok=True)
   with writing(os.path.join(workdir, 'judged', f'{step:08d}.json')) as file:
     json.dump(dict(zip(ids, map(float, rewards), strict=True)), file)
 

@@ -1,17 +1,18 @@
 """Differences between two arms, paired by seed, for the contrasts that were named beforehand.
 
-sign_flip   exact permutation test: under no difference each seed's sign is a fair coin
-bootstrap   95 % interval over seeds and, within each, over the problems that were judged
+sign_flip   permutation test, exact up to 16 seeds: under no difference a sign is a fair coin
+bootstrap   95 % interval over seeds and over the problems that all were judged on
 holm        p values of several contrasts, corrected so that all hold together
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from experiments.results import Estimate, paired
+from experiments.results import Estimate, final, paired
 
 
 class Contrast(NamedTuple):
@@ -39,10 +40,10 @@ def contrasts(
   finals: dict[str, dict[int, float]] = {}
   judged: dict[str, dict[int, np.ndarray]] = {}
   for result in results:
-    values = [row[metric] for row in result['rows'] if row.get(metric) is not None]
-    if 'stopped' not in result and values:
-      finals.setdefault(result['arm'], {})[result['seed']] = values[-1]
-      if result.get('judged'):
+    value = final(result, metric)
+    if math.isfinite(value):
+      finals.setdefault(result['arm'], {})[result['seed']] = value
+      if result.get('judged') and metric == 'eval/accuracy':  # what the bootstrap draws from
         judged.setdefault(result['arm'], {})[result['seed']] = np.array(
           list(result['judged']), np.int8
         )
@@ -59,7 +60,8 @@ def contrasts(
     both = [known[0][s] - known[1][s] for s in seeds if s in known[0] and s in known[1]]
     low, high = bootstrap(both) if len(both) == len(seeds) else (np.nan, np.nan)
     found.append(Contrast(arm, reference, difference, low, high, p, p))
-  corrected = holm([c.p for c in found])
+  missing = [1.0] * (len(pairs) - len(found))  # those that are not run yet count as well
+  corrected = holm([*(c.p for c in found), *missing])
   return [c._replace(corrected=p) for c, p in zip(found, corrected)]
 
 
@@ -78,7 +80,7 @@ def sign_flip(differences: Sequence[float]) -> float:
 def bootstrap(
   differences: Sequence[np.ndarray], draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-  """95 % percentile interval of the mean of means: seeds are drawn again, then their problems.
+  """95 % percentile interval of the mean: seeds are drawn again, and problems, the same for all.
 
   Args:
     differences: of each seed, what one arm has right minus the other, problem by problem; [n] of
@@ -86,16 +88,12 @@ def bootstrap(
     draws: how many means.
     seed: of the draws.
   """
-  rng = np.random.default_rng(seed)
-  counts = [np.array([(d == v).sum() for v in (-1, 0, 1)]) for d in differences]
-  # Problems of one seed drawn again are multinomial counts of the three outcomes.
-  chosen = rng.integers(len(counts), size=(draws, len(counts)))
-  means = np.empty(chosen.shape)
-  for i, count in enumerate(counts):
-    here = chosen == i
-    again = rng.multinomial(count.sum(), count / count.sum(), size=int(here.sum()))
-    means[here] = (again[:, 2] - again[:, 0]) / count.sum()
-  low, high = np.quantile(means.mean(axis=1), [0.025, 0.975])
+  rng, D = np.random.default_rng(seed), np.stack(differences).astype(np.float64)
+  S, n = D.shape
+  seeds = rng.multinomial(S, np.full(S, 1 / S), draws)
+  problems = rng.multinomial(n, np.full(n, 1 / n), draws)
+  means = ((seeds @ D) * problems).sum(axis=1) / (S * n)
+  low, high = np.quantile(means, [0.025, 0.975])
   return float(low), float(high)
 
 

@@ -33,8 +33,8 @@ class Experiment:
   """A comparison, fixed before it runs.
 
   Raises:
-    UserError: no arms or seeds, a name that cannot be part of a file's, or seeds that are used
-      twice.
+    UserError: no arms or seeds, a name that cannot be part of a file's, seeds that are used twice,
+      or a contrast of an arm that is not there.
   """
 
   question: str

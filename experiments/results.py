@@ -29,7 +29,9 @@ def read(experiment: Experiment, out: pathlib.Path, kind: str) -> list[dict[str,
   """
   seeds = experiment.tuning_seeds if kind == 'tuning' else experiment.seeds
   found = [_read(path) for path in sorted((out / kind).glob('*.json'))]
-  return [r for r in found if r['arm'] in experiment.arms and r['seed'] in seeds]
+  found = [r for r in found if r['arm'] in experiment.arms and r['seed'] in seeds]
+  rates = experiment.learning_rates
+  return [r for r in found if kind != 'tuning' or r['learning_rate'] in rates]
 
 
 def done(run: Run, out: pathlib.Path) -> bool:

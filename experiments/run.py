@@ -127,8 +127,12 @@ if __name__ == '__main__':
   _NAME = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith('-') else ''
   flags.DEFINE_integer('jobs', 1, 'Processes; more than one for CPU only.', lower_bound=1)
   flags.DEFINE_list('arms', [], 'The arms to run; all if empty. Others keep their results.')
-  flags.DEFINE_string('out', '', 'Where results go; experiments/NAME if empty.')
-  flags.DEFINE_string('runs', '', 'Workdirs; OUT/runs with --out, else runs/experiments/NAME.')
+  flags.DEFINE_string(
+    'out', '', "Where everything goes; experiments/NAME, or its pool's, if empty."
+  )
+  flags.DEFINE_string(
+    'runs', '', 'Workdirs; OUT/runs with --out, else runs/experiments/NAME or POOL.'
+  )
   flags.DEFINE_bool('smoke', False, 'One short run an arm, without tuning; a new folder as --out.')
   flags.DEFINE_bool('report_only', False, 'Makes table.md and curves.png from the result files.')
   cli.run(main)

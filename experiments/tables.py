@@ -141,7 +141,7 @@ def _contrasts_table(experiment: Experiment, tested: Sequence[Contrast]) -> Tabl
     difference = interval(metric, c.difference, '+')
     p = [f'{value:.2g}' for value in (c.p, c.corrected)]
     rows.append([f'{c.arm} - {c.reference}', str(c.difference.n), difference, both, *p])
-  return Table('Contrasts, paired by seed; p of exact sign flips', heads, rows)
+  return Table('Contrasts, paired by seed; p of sign flips', heads, rows)
 
 
 def _tuning_table(

@@ -229,10 +229,8 @@ def lacking(name, **of_program):
   program = {'fits': False, 'needs': 20 * gib, 'temporaries': 15 * gib} | of_program
   mesh = {'data': 1, 'fsdp': 4, 'tensor': 1}
   held = {'state': 3 * gib, 'teacher': gib}
-  return {
-    **{'programs': {name: program}, 'memory': 16 * gib, 'mesh': mesh, 'kv_heads': 2},
-    'held': held,
-  }
+  programs = {name: program}
+  return {'programs': programs, 'memory': 16 * gib, 'mesh': mesh, 'kv_heads': 2, 'held': held}
 
 
 @pytest.mark.parametrize(
@@ -264,6 +262,13 @@ def test_as_many_halvings_as_are_needed():
   refused['programs']['update'] = {'fits': False, 'needs_at_least': 27 * gib}
   proposal = proposals.smallest_change(one, refused)
   assert proposal.settings == {'microbatch': 8} and 'then about 15.5' in proposal.why
+  # Or by its temporaries alone: 4 + 26 GiB, then 4 + 6.5.
+  error = (
+    'RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (26.00G) exceeds 16.00G'
+  )
+  refused['programs']['update'] = {'fits': False, **compile_check.refusal(error)}
+  proposal = proposals.smallest_change(one, refused)
+  assert proposal.settings == {'microbatch': 4} and 'then about 10.5' in proposal.why
 
 
 def test_a_search_compiles_anew_what_a_change_touches(monkeypatch):

@@ -55,9 +55,13 @@ def smallest_change(config: Config, report: Mapping[str, Any]) -> Proposal | Non
   name = max(lacking, key=lambda name: lacking[name].get('needs', math.inf))
   program, limit, mesh = lacking[name], report['memory'], report['mesh']
   shards = mesh['data'] * mesh['fsdp']
-  # Who was refused has no temporaries: what it needs at least, without what is held.
-  needs = program.get('needs', program.get('needs_at_least'))
-  temporaries = program.get('temporaries', max((needs or 0) - sum(report['held'].values()), 0))
+  held = sum(report['held'].values())
+  temporaries, needs = program.get('temporaries'), program.get('needs')
+  if needs is None and temporaries is not None:  # refused, for its temporaries alone
+    needs = held + temporaries
+  elif needs is None and 'needs_at_least' in program:
+    needs = program['needs_at_least']
+    temporaries = max(needs - held, 0)
 
   def said(settings: Mapping[str, Any], share: float, why: str, saved: int = 0) -> Proposal:
     """`share` of the temporaries would be left, and `saved` bytes of what is held not be there."""
@@ -73,7 +77,7 @@ def smallest_change(config: Config, report: Mapping[str, Any]) -> Proposal | Non
   def halvings(rows: int) -> int:
     """How often to halve the rows until what they take fits; the shards must divide the rest."""
     count = 0
-    while rows // shards > 1 and not rows // 2 % shards:
+    while rows > shards and rows % (2 * shards) == 0:
       rows, count = rows // 2, count + 1
       if needs is None or needs - (1 - 0.5**count) * temporaries <= limit:
         break

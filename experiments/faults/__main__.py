@@ -48,7 +48,7 @@ def faults(count: int) -> list[Fault]:
     Fault(
       'one_of_two',
       'SIGTERM or SIGKILL to one of two processes',
-      f'both save one step, exit 0; or the other ends with a sentence; {goes_on}',
+      f'both save one step, exit 0; or the other, or jax in it, says that one is gone; {goes_on}',
       kills.one_of_two,
       4,
     ),

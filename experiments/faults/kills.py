@@ -94,7 +94,8 @@ def one_of_two(lab: Lab, done: int = 0) -> Iterator[Trial]:
   Runs of two processes are compared with an unbroken one of two.
   """
   whole = lab.fresh('unbroken_both')
-  if any(process.end().code for process in lab.start_both(whole)):
+  codes = [process.end().code for process in lab.start_both(whole)]
+  if any(codes):
     raise UserError('the unbroken run of two processes failed')
   for number, who in ((SIGTERM, 0), (SIGTERM, 1), (SIGKILL, 0), (SIGKILL, 1))[done:]:
     workdir = lab.fresh('one_of_two')
@@ -115,8 +116,10 @@ def one_of_two(lab: Lab, done: int = 0) -> Iterator[Trial]:
       good = all(e.code == 0 for e in ended) and saves[-1:] == [row]
     again = [process.end() for process in lab.start_both(workdir)]
     same = all(e.code == 0 for e in again) and labs.rows(workdir) == labs.rows(whole)
-    codes = ' and '.join(str(e.code) for e in ended)
-    seen = f'exit {codes} after {seconds:.1f} s, row {row}, step {saves[-1] if saves else "none"} '
+    both_codes = ' and '.join(str(e.code) for e in ended)
+    seen = (
+      f'exit {both_codes} after {seconds:.1f} s, row {row}, step {saves[-1] if saves else "none"} '
+    )
     seen += f'saved; then {"equal" if same else "NOT EQUAL"}'
     what = f'{signal.Signals(number).name} to process {who}'
     said = [e.sentence[:300] for e in ended]

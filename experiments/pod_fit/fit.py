@@ -66,7 +66,8 @@ def table(results: list[dict[str, Any]]) -> str:
     )
     flop = ' / '.join(f'{programs[n]["flops"] / 1e12:,.0f}' for n in every)
     seconds = ' / '.join(f'{programs[n]["seconds"]:.0f} s' for n in every)
-    verdict = 'fits' if r['fits'] else f'does not fit: {r["proposal"]}'
+    changes = ' '.join(f'{key}={value}' for key, value in r.get('changes', {}).items())
+    verdict = f'fits with {changes}' if r['fits'] else f'does not fit: {r["proposal"]}'
     if len(every) < 3:
       verdict = f'{", ".join(every)} alone: {verdict}'
     cells = [f'{name(r["teacher"])} -> {name(r["student"])}', r['topology']]
