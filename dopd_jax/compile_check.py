@@ -5,9 +5,10 @@ r"""Compiles a run for a machine that is not there, and says whether it fits and
   python -m dopd_jax.compile_check --config=configs/llm.py:smoke --topology=cpu:8
 
 The programs are those that `train` runs, rollout, score and update, with the shapes of the config's
-models and of its largest batch; no weights, tokenizer or data are read. On a CPU, in minutes; TPU
-topologies need libtpu (`pip install -e '.[tpu]'`). Where the config's mesh does not divide its
-rows, the largest that does is taken, and said.
+models and of its largest batch; no weights, tokenizer or data are read. (With a teacher that is
+offloaded `train` runs score in parts; here it is one program, which needs no less.) On a CPU, in
+minutes; TPU topologies need libtpu (`pip install -e '.[tpu]'`). Where the config's mesh does not
+divide its rows, the largest that does is taken, and said.
 
 `--search=6` goes on with what is proposed, six times at most, until everything fits. The table is
 also written as JSON, which keeps the programs of an earlier check of the same: `--programs=update`
@@ -18,7 +19,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -28,7 +29,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from dopd_jax import cli, collect, sharding, train, workdirs
+from dopd_jax import cli, collect, sharding, teachers, train, workdirs
 from dopd_jax import config as configs
 from dopd_jax import state as states
 from dopd_jax.config import Config
@@ -135,10 +136,21 @@ def check(
       **{kind: shapes.bytes_a_device(params) for kind, params in resident.items()},
     },
     'parked': shapes.bytes_a_device(given) - shapes.bytes_a_device(resident),
+    'could_wait': _trunks(pair.given.get('teacher', {}), config.teacher.offload),
     'programs': found,
     'fits': all(program['fits'] for program in found.values()),
     'versions': {name: _version(name) for name in ('jax', 'jaxlib', 'libtpu')},
   }
+
+
+def _trunks(teachers_of_run: Mapping[str, Any], offload: bool) -> int:
+  """Bytes a device that offloading the teacher would free; its head stays."""
+  if offload:
+    return 0
+  return sum(
+    shapes.bytes_a_device(x.params) - shapes.bytes_a_device(teachers.head(x.model, x.params))
+    for x in teachers_of_run.values()
+  )
 
 
 def _rows_of(count: int) -> Callable[[Any], Any]:

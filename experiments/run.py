@@ -12,7 +12,8 @@ with (`pool`); `table.md` and `curves.png` are made from these files alone. A co
 off goes on when it is given again: runs with a file are skipped, the others go on from their last
 checkpoint.
 
-After a change of code that no config shows, delete the files and the workdirs to run anew.
+Give one command a pool at a time: two would train the same run in the same workdir. After a change
+of code that no config shows, delete the files and the workdirs to run anew.
 """
 
 import pathlib

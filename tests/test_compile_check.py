@@ -229,8 +229,8 @@ def lacking(name, **of_program):
   program = {'fits': False, 'needs': 20 * gib, 'temporaries': 15 * gib} | of_program
   mesh = {'data': 1, 'fsdp': 4, 'tensor': 1}
   held = {'state': 3 * gib, 'teacher': gib}
-  programs = {name: program}
-  return {'programs': programs, 'memory': 16 * gib, 'mesh': mesh, 'kv_heads': 2, 'held': held}
+  found = {'programs': {name: program}, 'memory': 16 * gib, 'mesh': mesh, 'kv_heads': 2}
+  return found | {'held': held, 'could_wait': gib}
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,8 @@ def test_a_teacher_waits_outside_where_that_is_enough():
   assert proposal.settings == {'teacher.offload': True}
   assert 'needs 16.5 GiB of 16.00, then about 15.5' in proposal.why
   offloaded = configs.changed(one, proposal.settings)
-  assert 'mesh.tensor' in proposals.smallest_change(offloaded, little).settings
+  done = little | {'could_wait': 0}
+  assert 'mesh.tensor' in proposals.smallest_change(offloaded, done).settings
   alone = lacking('rollout', needs=int(16.5 * gib), temporaries=0)
   assert proposals.smallest_change(one, alone).settings == {'teacher.offload': True}
 

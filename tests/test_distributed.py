@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from dopd_jax import checkpoint, distributed, policies, report, sharding
+from dopd_jax import checkpoint, cli, distributed, policies, report, sharding
 from dopd_jax.config import Policy
-from dopd_jax.errors import UserError
+from dopd_jax.errors import SaveFailed, UserError
 from tests import test_commands
 
 # ----------------------------------------------------------------- detection
@@ -129,6 +129,27 @@ def test_a_command_for_one_process_says_so(monkeypatch):
   monkeypatch.setenv('DOPD_JAX_HEARTBEAT_SECONDS', '0')
   with pytest.raises(UserError, match='DOPD_JAX_HEARTBEAT_SECONDS must be'):
     distributed.start()
+
+
+@pytest.mark.parametrize(
+  'error, code, words',
+  [
+    (SaveFailed('the checkpoint could not be saved'), 1, 'stopped: another process of this run is'),
+    (UserError('the model could not be fetched'), 2, 'error: the model could not be fetched'),
+  ],
+)
+def test_a_save_that_waits_for_a_process_that_is_gone(monkeypatch, capsys, error, code, words):
+  """Not the user's mistake, unlike whatever else the network cut off."""
+
+  def main():
+    raise error from RuntimeError('UNAVAILABLE: coordination service: Connection reset by peer')
+
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(cli.distributed, 'start', lambda several: None)
+  with pytest.raises(SystemExit) as ended:
+    cli._guarded(main)
+  assert ended.value.code == code
+  assert capsys.readouterr().err.startswith(words)
 
 
 def test_two_processes_may_convert_one_file(monkeypatch, tmp_path):

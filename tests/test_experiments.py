@@ -46,6 +46,8 @@ class Trainer:
     for step in range(1, config.steps + 1):
       rows.append({'step': step, 'train/loss': step / 3, 'time/step_seconds': 100.0 / step**2})
     rows[-1]['eval/accuracy'] = end
+    workdirs.write_judged(workdir, 0, ['a', 'b', 'c'], [0, 0, 0])
+    workdirs.write_judged(workdir, config.steps, ['a', 'b', 'c'], [1, 0, 1])
     stopped = self.stops(config)
     with open(pathlib.Path(workdir) / 'metrics.jsonl', 'w') as file:
       file.writelines(json.dumps(row) + '\n' for row in rows[: 2 if stopped else None])
@@ -189,6 +191,7 @@ def test_a_result_file_says_what_ran(tmp_path):
   assert got['rows'][1]['train/loss'] == 1.33333  # a whole row, six digits
   # (1 + 2 + 3 + 4) / 3 / 4; the median of 100, 25, 11.1, 6.25; their sum
   assert got['means'] == {'train/loss': 0.833333, 'time/step_seconds': 18.0556}
+  assert got['judged'] == '101'
   assert got['wall_seconds'] == 142.361
   assert 'stopped' not in got
 

@@ -51,6 +51,17 @@ def test_a_run_leaves_what_it_promises(finished):
   assert all(v is not None for row in found for v in row.values())
 
 
+def test_what_is_right_is_kept_by_record(finished):
+  """At every look, and it is what the accuracy is the mean of."""
+  looks = {r['step']: r['eval/accuracy'] for r in rows(finished) if 'eval/accuracy' in r}
+  files = sorted((finished / 'judged').iterdir())
+  assert [file.name for file in files] == [f'{step:08d}.json' for step in looks]
+  for file, accuracy in zip(files, looks.values()):
+    rewards = json.loads(file.read_text())
+    assert len(rewards) == 8 and all(name.startswith('plan_execute/test/1/') for name in rewards)
+    assert math.isclose(sum(rewards.values()) / 8, accuracy)
+
+
 def test_metrics_have_a_meaning(finished):
   """Every number that a run writes is explained in one place."""
   for row in rows(finished):
@@ -110,7 +121,7 @@ def cut_off(finished, workdir):
 def test_who_ran_out_of_memory_goes_on_with_other_memory_settings(finished, tmp_path, caplog):
   workdir = cut_off(finished, tmp_path / 'run')
   with caplog.at_level('INFO'):
-    run(workdir, microbatch=16, remat=False)
+    run(workdir, microbatch=16, remat=False, teacher__offload=True)
   assert 'Rounding may differ' in caplog.text and 'microbatch (was 8, is 16)' in caplog.text
   for row, before in zip(rows(workdir), rows(finished), strict=True):
     assert row['train/loss' if row['step'] else 'eval/accuracy'] == pytest.approx(

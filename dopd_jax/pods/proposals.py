@@ -83,7 +83,7 @@ def smallest_change(config: Config, report: Mapping[str, Any]) -> Proposal | Non
         break
     return count
 
-  idle = 0 if name == 'score' or config.teacher.offload else report['held'].get('teacher', 0)
+  idle = 0 if name == 'score' else report['could_wait']
   waits = lambda: said(
     {'teacher.offload': True}, 1, 'it waits in host memory until it scores', idle
   )
