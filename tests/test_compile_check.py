@@ -72,6 +72,8 @@ def test_bytes_are_those_of_the_rules(report, directories):
     assert times * bytes_ <= report['held'][name] <= times * bytes_ + more
     if name == 'teacher':
       assert report['programs']['score']['arguments'] > report['held'][name]
+  # Offloaded, the teacher leaves its tied table [V, 96], of which a device has an eighth.
+  assert report['held']['teacher'] - report['could_wait'] == 4 * V * 96 // 8
   rollout = report['programs']['rollout']
   held = sum(report['held'].values())
   assert rollout['beside'] == pytest.approx(held - report['held']['state'] / 3, rel=1e-3)
