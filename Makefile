@@ -33,8 +33,9 @@ assets: $(VENV)/.assets
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# With what the tiny pairs' tasks need, of images too.
 $(VENV)/.run: $(RECIPE) | $(VENV)/bin/python
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[tasks]'
 	touch $@
 
 $(VENV)/.test: $(RECIPE) | $(VENV)/bin/python

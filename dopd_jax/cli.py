@@ -14,6 +14,7 @@ from dopd_jax import config as configs
 from dopd_jax import distributed
 from dopd_jax.errors import SaveFailed, Stopped, UserError, disk_reason
 
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # such as that torch is missing
 OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # how XLA begins to say it
 PACKAGE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'dopd_jax'
