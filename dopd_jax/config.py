@@ -130,6 +130,7 @@ class Evaluation:
   records: int = 0  # of data.eval; 0 is all
   temperature: float = 0.0
   teacher: bool = True  # measure the teacher once, at the start
+  stop_at: float = 0.0  # a run ends at the first look of this accuracy; 0 is at its last step only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,6 +346,7 @@ def _check(c: Config) -> None:
     'rollout.prompts_at_once': (c.rollout.prompts_at_once, 0),
     'rollout.slots': (c.rollout.slots, 0),
     'evaluation.records': (c.evaluation.records, 0),
+    'evaluation.stop_at': (c.evaluation.stop_at, 0.0),
     'rollout.max_new_tokens': (c.rollout.max_new_tokens, 1),
     'data.max_prompt_tokens': (c.data.max_prompt_tokens, 1),
     'data.prompt_bucket': (c.data.prompt_bucket, 1),

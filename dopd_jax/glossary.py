@@ -113,6 +113,14 @@ METRICS: dict[str, Metric] = {
   'train/shifted_prompts': Metric(
     'Shifted prompts', 'share', 'Prompts whose advantages Uni-OPD had to move apart.'
   ),
+  'train/hint_told': Metric(
+    'What the hint tells', 'nats', 'JS of a policy with the hint from itself without, a token.'
+  ),
+  'train/hint_threshold': Metric(
+    'Threshold of what the hint tells',
+    'nats',
+    'Trimmed mean of it; above, the plain teacher is trusted more.',
+  ),
   'train/image_gain': Metric(
     'Image gain', 'nats', "Mean gain of the teacher's log-prob from the undegraded image."
   ),

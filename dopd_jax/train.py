@@ -138,7 +138,8 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     finished = lambda x: finish(config, objective, pair, mesh, x, clock, progress, task)
     pending: InFlight | None = None
     page: list[dict] = []
-    for step in range(done + 1, config.steps + 1):
+    steps_left = () if done and reached(config, last) else range(done + 1, config.steps + 1)
+    for step in steps_left:
       # With a lag this also starts the rollout of the next step. It must come before the update,
       # which donates the parameters that sample; a dispatch that holds them is safe.
       collected = ahead.take(state.params, step)
@@ -160,13 +161,14 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
         values = finished(pending)
         if look:
           last = judge(step, state.params, progress)
+          end = end or reached(config, last)
           values |= last | look_inside(state, given, resident, pending.collected.batch)
           clock.restart()  # looking is not training
         writer.write(step, values)
         if end:
           page = show(pair, objective, pending, config.log.samples)
         pending = None
-        if save:
+        if save or end:
           run = {**ahead.get_state(), 'records': records, 'metrics': values, 'accuracy': last}
           saves.save(step, state, run, ahead.rollout)
       saves.check()
@@ -174,6 +176,8 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
         saves.wait()
         logging.info('Stopped by a signal; step %d is saved, the same command goes on.', step)
         return last
+      if end:
+        break
     saves.wait()
 
   # -------------------------------------------------------------------- report
@@ -234,6 +238,11 @@ def make_judge(
     return values
 
   return look
+
+
+def reached(config: Config, looked: dict[str, float]) -> bool:
+  """Whether the accuracy of a look is what the run was to stop at."""
+  return 0 < config.evaluation.stop_at <= looked.get('eval/accuracy', 0.0)
 
 
 class Clock:

@@ -48,6 +48,8 @@ class Experiment:
   tuning_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   metric: str = 'eval/accuracy'  # higher is better; its last value is what is compared
   contrasts: Sequence[tuple[str, str]] = ()  # (arm, reference): those that are tested
+  # Directory -> the supervised config that makes the model in it; {seed} stands for each seed.
+  models: Mapping[str, str] = dataclasses.field(default_factory=dict)
   pool: str = ''  # the experiment whose folder keeps the results; arms of one name are one there
 
   def __post_init__(self):

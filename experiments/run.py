@@ -4,13 +4,13 @@ r"""Runs a comparison and writes its results, table and figure.
   python -m experiments.run NAME --arms=opd,dopd --smoke
   python -m experiments.run NAME --report_only
 
-`experiments/NAME/experiment.py` says what is compared; NAME may also be the path of a folder. First
-every arm is trained at every learning rate on the tuning seeds, and the rate with the best mean
-final metric is taken; then every arm is trained on every seed. A run writes one JSON file when it
-has ended, under `results/` or `tuning/`, its own or those of the experiment that it shares arms
-with (`pool`); `table.md` and `curves.png` are made from these files alone. A command that was cut
-off goes on when it is given again: runs with a file are skipped, the others go on from their last
-checkpoint.
+`experiments/NAME/experiment.py` says what is compared; NAME may also be the path of a folder.
+Models that it starts from are made first, where they are missing. Then every arm is trained at
+every learning rate on the tuning seeds, and the rate with the best mean final metric is taken; then
+every arm is trained on every seed. A run writes one JSON file when it has ended, under `results/`
+or `tuning/`, its own or those of the experiment that it shares arms with (`pool`); `table.md` and
+`curves.png` are made from these files alone. A command that was cut off goes on when it is given
+again: runs with a file are skipped, the others go on from their last checkpoint.
 
 Give one command a pool at a time: two would train the same run in the same workdir. After a change
 of code that no config shows, delete the files and the workdirs to run anew.
@@ -28,10 +28,23 @@ from rich.console import Console
 from dopd_jax import cli, workdirs
 from dopd_jax import config as configs
 from dopd_jax.errors import UserError
-from experiments import common, draw, grid, results, tables, workers
+from experiments import common, draw, grid, models, results, tables, workers
 from experiments.grid import Experiment, Run
 
 FLAGS = flags.FLAGS
+
+
+def prepare(experiment: Experiment, jobs: int, console: Console) -> None:
+  """Makes the models that the runs start from and that are not there yet."""
+  wanted = models.wanted(experiment)
+  missing = {path: wanted[path] for path in wanted if not pathlib.Path(path).exists()}
+  if not missing:
+    return
+  with common.bar(console) as bar:
+    task = bar.add_task('models', total=len(missing))
+    for path in models.make(missing, jobs):
+      bar.advance(task)
+      bar.console.print(f'made {path}', highlight=False, soft_wrap=True)
 
 
 def walk(
@@ -115,6 +128,8 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
+      if not FLAGS.smoke:
+        prepare(experiment, FLAGS.jobs, console)
       execute = workers.in_processes(FLAGS.jobs, kept, runs, common.commit())
       walk(experiment, arms, kept, execute, console, FLAGS.smoke)
     except KeyboardInterrupt:

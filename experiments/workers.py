@@ -48,7 +48,8 @@ def perform(
   except Stopped as error:
     stopped = str(error)
   rows = report.read_metrics(workdir / 'metrics.jsonl')
-  if not stopped and rows[-1]['step'] < run.config.steps:
+  early = trainer.reached(run.config, rows[-1])
+  if not (stopped or early) and rows[-1]['step'] < run.config.steps:
     raise Cut(run.name)
   about = json.loads((workdir / 'config.json').read_text())
   result = {

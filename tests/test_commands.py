@@ -324,7 +324,7 @@ def test_export_is_the_trained_student(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['quickstart', 'llm', 'quickstart_sft'])
+@pytest.mark.parametrize('name', ['quickstart', 'llm', 'quickstart_sft', 'study', 'study_sft'])
 def test_smoke_configs_run(name, tmp_path):
   program = 'sft' if name.endswith('sft') else 'train'
   # A relative workdir, as people give it.

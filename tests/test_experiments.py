@@ -167,15 +167,22 @@ def test_a_walk_tunes_then_runs_every_arm_at_its_own_rate(tmp_path):
   'name', [p.parent.name for p in grid.ROOT.glob('experiments/*/experiment.py')]
 )
 def test_what_is_committed_is_what_the_command_would_run(name):
-  """So that it goes on where it stopped, on the code of today."""
+  """So that it goes on where it stopped, on the code of today; and no file is of another run."""
   experiment, out = grid.load(name), grid.ROOT / 'experiments' / name
   tuning = grid.tuning_runs(experiment, list(experiment.arms))
-  rates = results.rates(experiment, tuning, out) or dict.fromkeys(experiment.arms)
+  tuned = tuning and all(run.file(out).exists() for run in tuning)
+  rates = results.rates(experiment, tuning, out) if tuned else dict.fromkeys(experiment.arms)
   planned = [*tuning, *grid.final_runs(experiment, rates)]
-  assert len(planned) > 10 and all(results.done(run, out) for run in planned)
-  other = dataclasses.replace(planned[0].config, steps=7)
-  with pytest.raises(UserError, match=r'another config, which differs in steps \(was \d+, is 7\)'):
-    results.done(dataclasses.replace(planned[0], config=other), out)
+  kept = {p for kind in ('tuning', 'results') for p in (out / kind).glob('*.json')}
+  assert len(planned) > 10 and kept <= {run.file(out) for run in planned}
+  there = [one for one in planned if one.file(out) in kept]
+  assert all(results.done(one, out) for one in there)
+  for one in there[:1]:
+    other = dataclasses.replace(one.config, steps=7)
+    with pytest.raises(
+      UserError, match=r'another config, which differs in steps \(was \d+, is 7\)'
+    ):
+      results.done(dataclasses.replace(one, config=other), out)
 
 
 def test_a_result_file_says_what_ran(tmp_path):
@@ -334,6 +341,36 @@ def test_every_declared_experiment_is_valid_and_no_tuning_sees_its_test_set():
     tests = {r.config.data.eval for r in grid.final_runs(experiment, dict.fromkeys(known))}
     tuned = {r.config.data.eval for r in grid.tuning_runs(experiment, known)}
     assert not tests & tuned
+
+
+PYTHON = """#!/bin/sh
+echo "$@" >> {log}
+case "$*" in
+  *seed=7*) exit 2 ;;
+  *dopd_jax.export*) mkdir "${{4#--out=}}" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_models_are_made_where_they_are_missing(tmp_path, monkeypatch, jobs):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'python').write_text(PYTHON.format(log=tmp_path / 'asked'))
+  (tmp_path / 'python').chmod(0o755)
+  monkeypatch.setattr(sys, 'executable', str(tmp_path / 'python'))
+  asks = {'m/teacher': 'configs/s.py', 'm/student_{seed}': 'configs/s.py:seed={seed}'}
+  experiment = dataclasses.replace(EXPERIMENT, models=asks, seeds=(0, 2))
+  (tmp_path / 'm' / 'teacher').mkdir(parents=True)
+  run.prepare(experiment, jobs, Console(quiet=True))
+  asked = (tmp_path / 'asked').read_text()
+  assert asked.count('dopd_jax.sft') == 4 == asked.count('dopd_jax.export')  # two tuning seeds
+  assert f'-m dopd_jax.sft --config={ROOT}/configs/s.py:seed=2 --workdir=m/student_2.run' in asked
+  assert 'teacher' not in asked and (tmp_path / 'm' / 'student_101').is_dir()
+  run.prepare(experiment, jobs, Console(quiet=True))
+  assert (tmp_path / 'asked').read_text() == asked  # all there: nothing is made again
+  with pytest.raises(UserError, match=r'm/student_7 could not be made \(exit code 2\)'):
+    run.prepare(dataclasses.replace(experiment, seeds=(7,)), jobs, Console(quiet=True))
+  assert not (tmp_path / 'm' / 'student_7').exists()
 
 
 # -------------------------------------------------------------------------------------- the command

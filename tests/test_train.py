@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dopd_jax import checkpoint, dataset, glossary, models, policies, report, sharding, tasks, train
+from dopd_jax import (
+  checkpoint,
+  dataset,
+  evaluation,
+  glossary,
+  models,
+  policies,
+  report,
+  sharding,
+  tasks,
+  train,
+)
 from dopd_jax import config as configs
 from dopd_jax.errors import Stopped, UserError
 from tests import pairs
@@ -103,6 +114,20 @@ def test_a_finished_run_is_left_alone(finished):
   before = (finished / 'metrics.jsonl').read_text()
   run(finished)
   assert (finished / 'metrics.jsonl').read_text() == before
+
+
+def test_a_run_ends_at_the_accuracy_it_was_to_stop_at(tmp_path, monkeypatch):
+  """At the first look, of steps 2 and 4, that reaches it; the same command then does nothing."""
+  right = lambda examples, texts: np.ones(len(texts))
+  monkeypatch.setattr(evaluation, 'rewards', right)
+  changes = {'steps': 6, 'evaluation__stop_at': 0.9, 'checkpoint__every': 5}
+  run(tmp_path, **changes)
+  before = rows(tmp_path)
+  assert [row['step'] for row in before] == [0, 1, 2] and before[-1]['eval/accuracy'] == 1.0
+  assert (tmp_path / 'checkpoints' / '00000002' / 'manifest.json').exists()
+  assert (tmp_path / 'report.png').exists()
+  run(tmp_path, **changes)
+  assert rows(tmp_path) == before
 
 
 def test_a_workdir_keeps_its_config(finished):

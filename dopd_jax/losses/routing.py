@@ -96,6 +96,13 @@ def trimmed_mean(
   return mean[0] if squeeze else mean
 
 
+def axis_of(scope: str) -> int | None:
+  """The axis of `trimmed_mean` for a scope; raises `ValueError` for one that is unknown."""
+  if scope not in SCOPES:
+    raise ValueError(f'scope must be one of {SCOPES}, got {scope!r}')
+  return None if scope == 'batch' else -1
+
+
 def route(
   student_logp_y: Float[Array, 'B N'],
   teacher_logp_y: Float[Array, 'B N'],
@@ -124,17 +131,39 @@ def route(
   Raises:
     ValueError: unknown `scope`, or `trim` outside [0, 1).
   """
-  if scope not in SCOPES:
-    raise ValueError(f'scope must be one of {SCOPES}, got {scope!r}')
+  axis = axis_of(scope)
   s, t = (lax.stop_gradient(as_float(x)) for x in (student_logp_y, teacher_logp_y))
   s, t = jnp.where(mask, s, 0.0), jnp.where(mask, t, 0.0)
   gap = privilege_advantage_gap(s, t)
   confidence = jnp.where(mask, jnp.exp(s) + jnp.exp(t), 0.0)
-  axis = None if scope == 'batch' else -1
   gap_threshold = trimmed_mean(gap, mask, trim, axis)
   confidence_threshold = trimmed_mean(confidence, mask, trim, axis)
-  low = jnp.where(confidence >= confidence_threshold, Regime.LH.value, Regime.LL.value)
-  high = jnp.where(t >= s, Regime.HT.value, Regime.HS.value)
-  regime = jnp.where(gap >= gap_threshold, high, low)
-  regime = jnp.where(mask, regime, Regime.MASKED.value).astype(jnp.int32)
+  regime = regimes(gap, gap_threshold, confidence, confidence_threshold, t >= s, mask)
   return Routing(regime, gap, gap_threshold, confidence, confidence_threshold)
+
+
+def regimes(
+  gap: Float[Array, 'B N'],
+  gap_threshold: Float[Array, '...'],
+  confidence: Float[Array, 'B N'],
+  confidence_threshold: Float[Array, '...'],
+  teacher_ahead: Bool[Array, 'B N'],
+  mask: Bool[Array, 'B N'],
+) -> Int[Array, 'B N']:
+  """The four regimes of any gap and confidence; thresholds broadcast, values at one are above.
+
+  Args:
+    gap: how much the two policies differ on a token.
+    gap_threshold: from which on that is much.
+    confidence: how sure both are, where they differ little.
+    confidence_threshold: from which on that is sure.
+    teacher_ahead: whether the teacher is the one to follow where they differ much.
+    mask: bool, the completion tokens.
+
+  Returns:
+    int32 `Regime`, -1 where masked.
+  """
+  low = jnp.where(confidence >= confidence_threshold, Regime.LH.value, Regime.LL.value)
+  high = jnp.where(teacher_ahead, Regime.HT.value, Regime.HS.value)
+  regime = jnp.where(gap >= gap_threshold, high, low)
+  return jnp.where(mask, regime, Regime.MASKED.value).astype(jnp.int32)

@@ -2,6 +2,8 @@
 
 from dopd_jax.objectives.dense import objective_loss as objective_loss
 from dopd_jax.objectives.dopd import Dopd as Dopd
+from dopd_jax.objectives.dopd_distributional import DopdDistributional as DopdDistributional
+from dopd_jax.objectives.dopd_signed import DopdSigned as DopdSigned
 from dopd_jax.objectives.drop_by_gap import DropByGap as DropByGap
 from dopd_jax.objectives.eopd import Eopd as Eopd
 from dopd_jax.objectives.exopd import Exopd as Exopd
@@ -14,6 +16,7 @@ from dopd_jax.objectives.grammar import Signals as Signals
 from dopd_jax.objectives.grammar import View as View
 from dopd_jax.objectives.grammar import make_plan as make_plan
 from dopd_jax.objectives.grammar import one_regime as one_regime
+from dopd_jax.objectives.hint_routing import HintRouting as HintRouting
 from dopd_jax.objectives.opcd import Opcd as Opcd
 from dopd_jax.objectives.opd import Opd as Opd
 from dopd_jax.objectives.opsd import Opsd as Opsd
@@ -44,6 +47,9 @@ METHODS = {
     VisionOpd,
     VaOpd,
     Dopd,
+    DopdSigned,
+    DopdDistributional,
+    HintRouting,
     DropByGap,
     Sft,
   )

@@ -13,10 +13,11 @@ Each cell is a config, so that every row of the paper's Tables 6 and 8 is one.
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from dopd_jax.losses import routing, rules
 from dopd_jax.losses.routing import Regime
-from dopd_jax.objectives.grammar import Objective, Routed, View
+from dopd_jax.objectives.grammar import Compare, Objective, Routed, Seen, View
 from dopd_jax.objectives.settings import Settings, need, need_one_of
 
 SELF_REFERENCES = {'live': 'student', 'ema': 'ema', 'frozen': 'frozen'}
@@ -82,27 +83,39 @@ class Dopd(Settings):
       )
       return (rule,) if rule.weight else ()
 
-    def router(seen):
-      mask = seen.mask
-      routed = routing.route(
-        seen.signals['Sp'].logp_y, seen.signals['Tp'].logp_y, mask, self.trim, self.scope
-      )
-      count = jnp.maximum(jnp.sum(mask), 1)
-      scalars = {
-        'gap': jnp.sum(routed.gap) / count,
-        'gap_threshold': jnp.mean(routed.gap_threshold),
-        'confidence': jnp.sum(routed.confidence) / count,
-        'confidence_threshold': jnp.mean(routed.confidence_threshold),
-      }
-      return Routed(routed.regime, scalars, {'gap': routed.gap})
-
     regimes = (Regime.LH, Regime.LL, Regime.HT, Regime.HS)
     return Objective(
       **self.shared(),
       student=View('student', 'plain'),
       views=views,
+      pairs=self.pairs(),
       regimes=tuple(regime.name for regime in regimes),
       rules=tuple(rules_of(regime) for regime in regimes),
-      router=router,
+      router=self.router,
       ema_rate=self.ema_rate if self.self_reference == 'ema' else 0.0,
     )
+
+  def pairs(self) -> dict[str, Compare]:
+    """The signals of two views that the router reads."""
+    return {}
+
+  def router(self, seen: Seen) -> Routed:
+    """Gap and confidence of the sampled tokens, held against their trimmed means."""
+    return routed(
+      routing.route(
+        seen.signals['Sp'].logp_y, seen.signals['Tp'].logp_y, seen.mask, self.trim, self.scope
+      ),
+      seen.mask,
+    )
+
+
+def routed(found: routing.Routing, mask: Bool[Array, 'B N']) -> Routed:
+  """What the log and the pages are told of a routing."""
+  count = jnp.maximum(jnp.sum(mask), 1)
+  scalars = {
+    'gap': jnp.sum(found.gap) / count,
+    'gap_threshold': jnp.mean(found.gap_threshold),
+    'confidence': jnp.sum(found.confidence) / count,
+    'confidence_threshold': jnp.mean(found.confidence_threshold),
+  }
+  return Routed(found.regime, scalars, {'gap': found.gap})

@@ -1,15 +1,18 @@
 r"""Compiles the paper's pairs for pods that are not there, and puts the results in a table.
 
-  python -m experiments.pod_fit.fit                   # what has no result yet: hours on two cores
+  python -m experiments.pod_fit.fit --jobs=2          # what has no result yet: hours on two cores
   python -m experiments.pod_fit.fit --timeout=0       # the table alone
 
 A run is `dopd_jax.compile_check` in a process of its own; its JSON is in results/.
 """
 
+import functools
 import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent import futures
 from typing import Any
 
 from absl import app, flags
@@ -30,9 +33,17 @@ PAIRS = (
 GIB = 2**30
 
 
-def run(config: str, topology: str, search: int, timeout: int) -> bool:
+def first(config: str, topologies: Sequence[str], timeout: int) -> None:
+  """Checks one topology after the other until the run fits; what has a result is not run again."""
+  for topology in topologies:
+    path = result(config, topology)
+    if json.loads(path.read_text())['fits'] if path.exists() else run(config, topology, timeout):
+      break
+
+
+def run(config: str, topology: str, timeout: int) -> bool:
   """One check; whether it fits. What runs out of time leaves no result."""
-  words = [f'--config={config}', f'--topology={topology}', f'--search={search}', f'--out={RESULTS}']
+  words = [f'--config={config}', f'--topology={topology}', '--search=10', f'--out={RESULTS}']
   try:
     subprocess.run(
       [sys.executable, '-m', 'dopd_jax.compile_check', *words], timeout=timeout, check=True
@@ -99,18 +110,16 @@ def main(_: Any) -> None:
   RESULTS.mkdir(exist_ok=True)
   timeout = flags.FLAGS.timeout
   found = lambda: [json.loads(path.read_text()) for path in sorted(RESULTS.glob('*.json'))]
-  for topology in PODS if timeout else ():
-    if not result(PAIRS[0], topology).exists():
-      run(PAIRS[0], topology, 0, timeout)
-  for config in PAIRS if timeout else ():
-    for topology in SMALL:
-      path = result(config, topology)
-      known = json.loads(path.read_text())['fits'] if path.exists() else None
-      if known or (known is None and run(config, topology, 6, timeout)):
-        break
+  tasks = [functools.partial(first, PAIRS[0], [topology], timeout) for topology in PODS]
+  tasks += [functools.partial(first, pair, SMALL, timeout) for pair in PAIRS]
+  if timeout:
+    with futures.ThreadPoolExecutor(flags.FLAGS.jobs) as pool:
+      for future in [pool.submit(task) for task in tasks]:
+        future.result()
   (HERE / 'table.md').write_text(table(found()))
 
 
 if __name__ == '__main__':
+  flags.DEFINE_integer('jobs', 1, 'Checks at a time.', lower_bound=1)
   flags.DEFINE_integer('timeout', 7200, 'Seconds a run; 0 runs nothing.')
   app.run(main)

@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from tests.losses.oracle import log_softmax, route, top_ids
+from tests.losses.oracle import js, log_softmax, route, top_ids, trimmed_mean
 
 
 def method(plan):
@@ -325,14 +325,73 @@ def va_opd(lp, tokens, mask, samples, temperature=1.0, top_share=0.2, mix=0.5, r
 @method
 def dopd(lp, tokens, mask, k=128, beta_light=0.6, beta_weak=0.3, trim=0.05, reduction='sequence'):
   regime, _ = route(at(lp['Sp'], tokens), at(lp['Tp'], tokens), mask, trim)
+  return of_regimes(lp, mask, regime, k, reduction, beta_light, beta_weak)
+
+
+def of_regimes(lp, mask, regime, k, reduction, beta_light=0.6, beta_weak=0.3):
+  """DOPD's four losses on regimes that are given."""
   by_teacher = on_student_top_k(lp, 'Tp', 1, k, 'bucket')
   by_itself = on_student_top_k(lp, 'Sp', 1, k, 'bucket')
   js = lambda b, n: functools.partial(divergence, q=lp['Tp'][b, n], weight=0.5)
-  strength, term = zip(  # LH, LL, HT, HS
-    (beta_light, by_teacher), (beta_weak, by_itself), (1.0, js), (beta_light, by_itself)
-  )
+  strength = (beta_light, beta_weak, 1.0, beta_light)  # LH, LL, HT, HS
+  term = (by_teacher, by_itself, js, by_itself)
   weights = coefficients(mask, reduction)
   return [
     (b, n, strength[regime[b, n]] * weights[b, n], term[regime[b, n]](b, n))
     for b, n in np.argwhere(mask)
+  ]
+
+
+@method
+def dopd_distributional(lp, tokens, mask, k=128, trim=0.05, reduction='sequence'):
+  del tokens
+  entropy = {name: -(np.exp(lp[name]) * lp[name]).sum(-1) for name in ('Sp', 'Tp')}
+  gap = np.array([[js(np.exp(a), np.exp(b)) for a, b in zip(*x)] for x in zip(lp['Sp'], lp['Tp'])])
+  confidence = -(entropy['Sp'] + entropy['Tp'])
+  A, C = (trimmed_mean(x[mask], trim) for x in (gap, confidence))
+  regime = np.full(mask.shape, -1)
+  for i in zip(*np.nonzero(mask)):
+    if gap[i] < A:
+      regime[i] = 0 if confidence[i] >= C else 1
+    else:
+      regime[i] = 2 if entropy['Tp'][i] <= entropy['Sp'][i] else 3
+  return of_regimes(lp, mask, regime, k, reduction)
+
+
+@method
+def dopd_signed(lp, tokens, mask, k=128, trim=0.05, reduction='sequence'):
+  s, t = at(lp['Sp'], tokens), at(lp['Tp'], tokens)
+  A = {
+    ahead: trimmed_mean(np.abs(t - s)[mask & ((t >= s) == ahead)], trim) for ahead in (True, False)
+  }
+  C = trimmed_mean((np.exp(s) + np.exp(t))[mask], trim)
+  regime = np.full(mask.shape, -1)
+  for i in zip(*np.nonzero(mask)):
+    ahead = t[i] >= s[i]
+    if abs(t[i] - s[i]) < A[ahead]:
+      regime[i] = 0 if np.exp(s[i]) + np.exp(t[i]) >= C else 1
+    else:
+      regime[i] = 2 if ahead else 3
+  return of_regimes(lp, mask, regime, k, reduction)
+
+
+@method
+def hint_routing(lp, tokens, mask, signal='student', levels=2, mixture=0.5, weight=0.5, trim=0.05,
+                 reduction='sequence'):  # fmt: skip
+  del tokens
+  if signal == 'none':
+    trust = np.full(mask.shape, mixture)
+  else:
+    hinted, plain = {'student': ('Sp', 'S'), 'teacher': ('Tp', 'T')}[signal]
+    told = np.zeros(mask.shape)
+    for i in zip(*np.nonzero(mask)):
+      told[i] = js(np.exp(lp[hinted][i]), np.exp(lp[plain][i]))
+    bar = trimmed_mean(told[mask], trim)
+    exact = 1 / (1 + told / bar)
+    trust = np.vectorize(lambda w: round_half_up(w * (levels - 1)) / (levels - 1))(exact)
+  weights = coefficients(mask, reduction)
+  return [
+    (b, n, w * weights[b, n], functools.partial(divergence, q=lp[source][b, n], weight=weight))
+    for b, n in np.argwhere(mask)
+    for source, w in (('Tp', trust[b, n]), ('T', 1 - trust[b, n]))
   ]

@@ -142,6 +142,21 @@ CASES = {
     lambda: S.Dopd(k=5), {'Sp': 'Sp', 'Tp': 'Tp'}, 'dopd', k=5, beta_light=0.6, beta_weak=0.3,
     trim=0.05, reduction='sequence',
   ),
+  'dopd_distributional': row(
+    lambda: S.DopdDistributional(k=5), {'Sp': 'Sp', 'Tp': 'Tp'}, 'dopd_distributional', k=5,
+  ),
+  'dopd_signed': row(lambda: S.DopdSigned(k=5), {'Sp': 'Sp', 'Tp': 'Tp'}, 'dopd_signed', k=5),
+  **{
+    f'hint_routing, {signal}, {levels}': row(
+      lambda s=signal, n=levels, d=divergence: S.HintRouting(
+        signal=s, levels=n, mixture=0.3, divergence=d, trim=0.2
+      ),
+      {view: view for view in (*views, 'T', 'Tp')}, 'hint_routing', signal=signal, levels=levels,
+      mixture=0.3, weight=weight, trim=0.2,
+    )
+    for signal, views in (('student', ('Sp', 'S')), ('teacher', ()), ('none', ()))
+    for levels, divergence, weight in ((2, 'js', 0.5), (5, 'reverse_kl', 1))
+  },
 }  # fmt: skip
 
 
@@ -194,6 +209,12 @@ FULL = lambda divergence: S.Opd(divergence=divergence, region='full', reduction=
      (S.Opd(k=5), T)),
     ((S.Sdpo(k=5, mixture=1.0, ratio_cap=0.0), {'Fs': 'T'}), (S.Opd(k=5, reduction='token'), T)),
     ((S.Opcd(k=5, tail='bucket'), {'Tp': 'T'}), (S.Opd(k=5, reduction='token'), T)),
+    ((S.HintRouting(signal='none', mixture=0.0), T | Tp),
+     (S.Opd(divergence='js', region='full'), T)),
+    ((S.HintRouting(signal='none', mixture=1.0), T | Tp),
+     (S.Opd(divergence='js', region='full', teacher_context='privileged'), Tp)),
+    ((S.HintRouting(), {'Sp': 'S', 'S': 'S'} | T | Tp),  # a hint that tells nothing is trusted
+     (S.Opd(divergence='js', region='full', teacher_context='privileged'), Tp)),
   ],
 )  # fmt: skip
 def test_limits(a, b):

@@ -1,0 +1,48 @@
+r"""The text study: plan-execute with hints that tell what cannot be inferred; a student a seed.
+
+  python -m experiments.run text --jobs=2                             # makes the models as well
+  python -m dopd_jax.train --config=configs/study.py:smoke --workdir=runs/smoke
+
+Device: 2 CPU cores, half a minute. `rho` is the share of problems in which two chains lead to the
+query and the hint tells which one the reference takes: log 2 nats that the student never gets.
+`configs/study_sft.py` made the models; a smoke run takes the pair of the quickstart instead.
+"""
+
+from dopd_jax import config
+
+MODELS = 'runs/experiments/models'
+PACKAGE = 'package:dopd_jax/assets/quickstart'
+
+
+def get_config(arg=''):
+  a = config.parse_arg(
+    arg, smoke=False, method='dopd', seed=0, rho=0.5, hint='steps', size='student'
+  )
+  c = config.default(a.method)
+  c.seed = a.seed
+  c.student.path = f'{PACKAGE}/student' if a.smoke else f'{MODELS}/{a.size}_{a.seed}'
+  c.teacher.path = f'{PACKAGE}/teacher' if a.smoke else f'{MODELS}/teacher'
+  task = f'task:plan_execute?steps=2&definitions=4&modulus=7&rho={a.rho}&hint={a.hint}'
+  c.data.train = f'{task}&size=20000&seed={1000 + a.seed}'
+  c.data.eval = f'{task}&size=2000&seed=8&split=test'
+  c.data.max_prompt_tokens = 64
+  c.data.prompt_bucket = 16
+  c.rollout.prompts = 32
+  c.rollout.samples = 4
+  c.rollout.max_new_tokens = 8
+  c.optimizer.learning_rate = 5e-4
+  c.optimizer.warmup_steps = 10
+  c.microbatch = 128
+  c.steps = 150
+  c.evaluation.every = 50
+  c.checkpoint.every = 75
+  c.log.every = 10
+  if a.smoke:
+    c.steps = 2
+    c.optimizer.warmup_steps = 0
+    c.rollout.prompts = 4
+    c.microbatch = 16
+    c.data.train = f'{task}&size=64&seed=1000'
+    c.data.eval = f'{task}&size=16&seed=8&split=test'
+    c.log.every = 1
+  return c

@@ -1,0 +1,62 @@
+r"""Makes the models of `configs/study.py` from nothing; `python -m experiments.run` does so itself.
+
+  python -m dopd_jax.sft --config=configs/study_sft.py:model=teacher --workdir=runs/teacher
+  python -m dopd_jax.sft --config=configs/study_sft.py:model=student,seed=3 --workdir=runs/student
+
+Device: 2 CPU cores, minutes. In half of the problems two chains lead to the query, and the hint
+tells which one the reference takes. Half of the rows show the hint, so that both can use one and
+need none. A student is stopped at an accuracy, not at a step: values are learnt in a jump, whose
+step differs from seed to seed.
+"""
+
+from dopd_jax import config
+
+SIZES = {  # layers, width, heads, kv_heads, head_width, feed_forward
+  'teacher': (4, 96, 4, 2, 24, 256),
+  'student': (3, 64, 4, 2, 16, 160),
+  'student_small': (3, 48, 4, 2, 12, 128),
+  'student_large': (3, 80, 4, 2, 20, 208),
+}
+
+
+def get_config(arg=''):
+  a = config.parse_arg(arg, smoke=False, model='teacher', seed=0, rho=0.5)
+  c = config.default('sft')
+  c.seed = a.seed
+  layers, width, heads, kv_heads, head_width, feed_forward = SIZES[a.model]
+  c.student.architecture = {
+    'layers': layers,
+    'width': width,
+    'heads': heads,
+    'kv_heads': kv_heads,
+    'head_width': head_width,
+    'feed_forward': feed_forward,
+    'max_position': 128,
+  }
+  c.tokenizer = 'task:plan_execute'
+  c.objective.privileged_share = 0.5
+  task = f'task:plan_execute?steps=2&definitions=4&modulus=7&rho={a.rho}'
+  teacher = a.model == 'teacher'
+  size, seed = (60_000, 1) if teacher else (20_000, 2000 + a.seed)
+  c.data.train = f'{task}&size={size}&seed={seed}&corrupt=0.3'
+  c.data.eval = f'{task}&size=500&seed=7&split=test'
+  c.data.max_prompt_tokens = 64
+  c.data.prompt_bucket = 16
+  c.rollout.prompts = 64
+  c.rollout.samples = 1
+  c.rollout.max_new_tokens = 8
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.warmup_steps = 100
+  c.optimizer.weight_decay = 0.01
+  c.microbatch = 64
+  c.steps = 4000
+  c.evaluation.every = 500 if teacher else 100
+  c.evaluation.stop_at = 0.0 if teacher else 0.55
+  c.checkpoint.every = 500
+  c.log.every = 100
+  if a.smoke:
+    c.steps = 2
+    c.optimizer.warmup_steps = 0
+    c.data.train = f'{task}&size=256&seed=1&corrupt=0.3'
+    c.data.eval = f'{task}&size=16&seed=7&split=test'
+  return c

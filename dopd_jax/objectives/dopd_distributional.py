@@ -1,0 +1,39 @@
+r"""DOPD that routes by whole distributions instead of the sampled token: a repair, not the paper's.
+
+    A = JS(Tp, Sp),   C = -H(Sp) - H(Tp),   bars: trimmed means,   else as `dopd`
+    HT  A >= Abar, H(Tp) <= H(Sp)           HS  A >= Abar, H(Tp) > H(Sp)
+
+In DOPD a wrong sampled token has a huge gap in the student's favour: it goes to the student's own
+hinted distribution, which repeats it, and such gaps inflate the threshold. JS is at most log 2, and
+nothing here depends on which token was drawn. As many forwards as `dopd`.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from dopd_jax.losses import routing
+from dopd_jax.objectives.dopd import Dopd, routed
+from dopd_jax.objectives.grammar import Compare, Routed, Seen
+
+
+@dataclasses.dataclass(frozen=True)
+class DopdDistributional(Dopd):
+  """Settings of the `dopd_distributional` objective: those of `dopd`."""
+
+  name: str = 'dopd_distributional'
+
+  def pairs(self) -> dict[str, Compare]:
+    """The gap of the two privileged policies."""
+    return {'gap': Compare('Sp', 'Tp', 'js')}
+
+  def router(self, seen: Seen) -> Routed:
+    """Divergence and entropies, held against their trimmed means."""
+    mask, axis = seen.mask, routing.axis_of(self.scope)
+    entropy = {name: jnp.where(mask, seen.signals[name].entropy, 0.0) for name in ('Sp', 'Tp')}
+    gap = jnp.where(mask, seen.pairs['gap'], 0.0)
+    confidence = -entropy['Sp'] - entropy['Tp']
+    bars = [routing.trimmed_mean(x, mask, self.trim, axis) for x in (gap, confidence)]
+    ahead = entropy['Tp'] <= entropy['Sp']
+    regime = routing.regimes(gap, bars[0], confidence, bars[1], ahead, mask)
+    return routed(routing.Routing(regime, gap, bars[0], confidence, bars[1]), mask)
