@@ -108,7 +108,7 @@ def load(name: str) -> Experiment:
   if not path.exists():
     known = [p.parent.name for p in path.parent.parent.glob('*/experiment.py')]
     raise UserError(configs.unknown('experiment', name, known))
-  return _module(path).EXPERIMENT
+  return module(path).EXPERIMENT
 
 
 def make_config(
@@ -128,7 +128,7 @@ def make_config(
   path = ROOT / experiment.base
   if not path.exists():
     raise UserError(f'there is no base config {experiment.base}: name it from the repository root')
-  get_config = _module(path).get_config
+  get_config = module(path).get_config
   words = ','.join(word for word in (experiment.arms[arm].arg, f'seed={seed}') if word)
   cfg = get_config(words)
   changes = {**experiment.changes, **experiment.arms[arm].changes}
@@ -172,9 +172,10 @@ def _get(cfg: Any, dotted: str) -> Any:
   return cfg
 
 
-def _module(path: pathlib.Path) -> Any:
+def module(path: pathlib.Path) -> Any:
+  """What a Python file defines, by its path."""
   spec = importlib.util.spec_from_file_location(path.stem, path)
   assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  found = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(found)
+  return found

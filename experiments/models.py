@@ -7,8 +7,23 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent import futures
 
+from rich.console import Console
+
 from dopd_jax.errors import UserError
+from experiments import common
 from experiments.grid import ROOT, Experiment
+
+
+def prepare(experiment: Experiment, jobs: int, console: Console) -> None:
+  """Makes the models that the runs start from and that are not there yet."""
+  missing = {k: v for k, v in wanted(experiment).items() if not pathlib.Path(k).exists()}
+  if not missing:
+    return
+  with common.bar(console) as bar:
+    task = bar.add_task('models', total=len(missing))
+    for path in make(missing, jobs):
+      bar.advance(task)
+      bar.console.print(f'made {path}', highlight=False, soft_wrap=True)
 
 
 def wanted(experiment: Experiment) -> dict[str, str]:

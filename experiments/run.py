@@ -34,19 +34,6 @@ from experiments.grid import Experiment, Run
 FLAGS = flags.FLAGS
 
 
-def prepare(experiment: Experiment, jobs: int, console: Console) -> None:
-  """Makes the models that the runs start from and that are not there yet."""
-  wanted = models.wanted(experiment)
-  missing = {path: wanted[path] for path in wanted if not pathlib.Path(path).exists()}
-  if not missing:
-    return
-  with common.bar(console) as bar:
-    task = bar.add_task('models', total=len(missing))
-    for path in models.make(missing, jobs):
-      bar.advance(task)
-      bar.console.print(f'made {path}', highlight=False, soft_wrap=True)
-
-
 def walk(
   experiment: Experiment,
   arms: Sequence[str],
@@ -129,7 +116,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     try:
       if not FLAGS.smoke:
-        prepare(experiment, FLAGS.jobs, console)
+        models.prepare(experiment, FLAGS.jobs, console)
       execute = workers.in_processes(FLAGS.jobs, kept, runs, common.commit())
       walk(experiment, arms, kept, execute, console, FLAGS.smoke)
     except KeyboardInterrupt:

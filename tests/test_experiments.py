@@ -14,7 +14,7 @@ from rich.console import Console
 from dopd_jax import config as configs
 from dopd_jax import objectives, workdirs
 from dopd_jax.errors import Stopped, UserError
-from experiments import draw, grid, results, run, tables, workers
+from experiments import draw, grid, models, results, run, tables, workers
 from experiments.grid import Arm, Experiment
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -361,15 +361,15 @@ def test_models_are_made_where_they_are_missing(tmp_path, monkeypatch, jobs):
   asks = {'m/teacher': 'configs/s.py', 'm/student_{seed}': 'configs/s.py:seed={seed}'}
   experiment = dataclasses.replace(EXPERIMENT, models=asks, seeds=(0, 2))
   (tmp_path / 'm' / 'teacher').mkdir(parents=True)
-  run.prepare(experiment, jobs, Console(quiet=True))
+  models.prepare(experiment, jobs, Console(quiet=True))
   asked = (tmp_path / 'asked').read_text()
   assert asked.count('dopd_jax.sft') == 4 == asked.count('dopd_jax.export')  # two tuning seeds
   assert f'-m dopd_jax.sft --config={ROOT}/configs/s.py:seed=2 --workdir=m/student_2.run' in asked
   assert 'teacher' not in asked and (tmp_path / 'm' / 'student_101').is_dir()
-  run.prepare(experiment, jobs, Console(quiet=True))
+  models.prepare(experiment, jobs, Console(quiet=True))
   assert (tmp_path / 'asked').read_text() == asked  # all there: nothing is made again
   with pytest.raises(UserError, match=r'm/student_7 could not be made \(exit code 2\)'):
-    run.prepare(dataclasses.replace(experiment, seeds=(7,)), jobs, Console(quiet=True))
+    models.prepare(dataclasses.replace(experiment, seeds=(7,)), jobs, Console(quiet=True))
   assert not (tmp_path / 'm' / 'student_7').exists()
 
 

@@ -1,0 +1,189 @@
+r"""Does a large gap mean capability? Signals against what each token is by construction.
+
+  python -m experiments.signal                  # the ten students of the text study; a few minutes
+  python -m experiments.signal --report_only    # table.md and signals.png from results.json
+
+Each student, before any distillation, answers problems at temperature 1; all four policies score
+its tokens. A token is a plan (a variable) or an execution (a value); a plan token is `told` where
+two chains lead to the query, so that only the hint says which one is meant.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+from rich.console import Console
+from scipy import stats
+
+from dopd_jax import cli, collate, diagnose, evaluation, policies, sharding, workdirs
+from dopd_jax import config as configs
+from dopd_jax.losses import rules
+from dopd_jax.objectives import Compare, Objective, View, hint_routing
+from dopd_jax.objectives.grammar import Routed, Seen, all_tokens
+from dopd_jax.tasks import plan_execute
+from experiments import common, grid, models
+from experiments.results import Estimate, estimate
+
+FLAGS = flags.FLAGS
+HERE = pathlib.Path(__file__).parent
+GAP, SIGNED = 'gap', 'signed gap'  # |log Tp(y) - log Sp(y)|, and without the bars
+PAIRS = {
+  'JS(Tp, Sp)': Compare('Sp', 'Tp', 'js'),
+  'JS(Sp, S)': Compare('S', 'Sp', 'js'),
+  'JS(Tp, T)': Compare('T', 'Tp', 'js'),
+}
+SIGNALS = (GAP, SIGNED, *PAIRS)
+# Name -> tokens that should have the larger signal, tokens that should have the smaller one.
+QUESTIONS = {
+  'execution over plan': ('execution', 'plan'),
+  'execution over told': ('execution', 'told'),
+  'told over other plan': ('told', 'untold'),
+  'wrong over right answers': ('wrong', 'right'),
+}
+
+
+def everything() -> Objective:
+  """An objective that only looks: all views, all pairs, one rule."""
+
+  def router(seen: Seen) -> Routed:
+    signed = seen.signals['Tp'].logp_y - seen.signals['Sp'].logp_y
+    return Routed(all_tokens(seen.mask), {}, {**seen.pairs, SIGNED: signed, GAP: abs(signed)})
+
+  return Objective(
+    name='everything',
+    student=View('student'),
+    views=hint_routing.VIEWS,
+    regimes=('all',),
+    rules=((rules.Rule('Tp', 'js'),),),
+    router=router,
+    pairs=PAIRS,
+  )
+
+
+def measure(seed: int, records: int, microbatch: int = 100) -> dict[str, Any]:
+  """AUROC of every signal for every question, of one student; and means by kind of token."""
+  study = grid.module(grid.ROOT / 'configs/study.py').get_config(f'method=hint_routing,seed={seed}')
+  study.data.train = study.data.eval.replace('size=2000', f'size={records}')
+  config, objective = configs.validate(study), everything()
+  mesh = sharding.make_mesh(1, -1, 1)
+  with jax.set_mesh(mesh):
+    pair = policies.load_pair(config, mesh, {'teacher'})
+    examples, _ = diagnose.read_examples(config, pair)
+    # Its own answers, not those of the records.
+    examples = [dataclasses.replace(example, completion_ids=None) for example in examples]
+    shown = collate.prompts(
+      examples, sorted(objective.prompts), config.data.prompt_bucket, pair.pad_id, 0, pair.sight
+    )
+    batch, _ = diagnose.complete(config, pair, mesh, examples, collate.put(shown, mesh))
+    _, scored = diagnose.score(config, pair, objective, batch, microbatch)
+    mask, tokens, found = collate.fetch((batch.mask, batch.tokens, scored.plan.token))
+  right = evaluation.rewards(examples, evaluation.decode(pair.tokenizer, tokens, mask)) >= 0.5
+  kind = kinds(examples, pair.tokenizer, tokens, mask)
+  kind |= {'right': mask & right[:, None], 'wrong': mask & ~right[:, None]}
+  return {
+    'seed': seed,
+    'accuracy': float(right.mean()),
+    'tokens': {name: int(here.sum()) for name, here in kind.items()},
+    'auroc': {
+      question: {name: auroc(found[name][kind[high]], found[name][kind[low]]) for name in SIGNALS}
+      for question, (high, low) in QUESTIONS.items()
+    },
+    'mean': {
+      name: {k: float(found[name][here].mean()) for k, here in kind.items()} for name in SIGNALS
+    },
+  }
+
+
+def kinds(examples, tokenizer, tokens, mask) -> dict[str, np.ndarray]:
+  """[B, N] bool of every kind: `plan` is `told` and `untold` together."""
+  found = {name: np.zeros(mask.shape, bool) for name in ('plan', 'execution', 'told', 'untold')}
+  for b, example in enumerate(examples):
+    definitions, query = plan_execute.parse(example.record.prompt)
+    two_chains = sum(d.variable == query for d in definitions) > 1
+    words = tokenizer.convert_ids_to_tokens(tokens[b])
+    for n, kind in enumerate(plan_execute.token_kinds(example.record, words)):
+      if mask[b, n] and kind in found:
+        found[kind][b, n] = True
+        if kind == 'plan':
+          found['told' if two_chains and n == 0 else 'untold'][b, n] = True
+  return found
+
+
+def auroc(high: np.ndarray, low: np.ndarray) -> float:
+  """The probability that one of `high` is larger than one of `low`, ties counting half."""
+  if not (len(high) and len(low)):
+    return float('nan')
+  return float(stats.mannwhitneyu(high, low).statistic / (len(high) * len(low)))
+
+
+def summary(found: list[dict[str, Any]]) -> dict[str, dict[str, Estimate]]:
+  """Question -> signal -> mean over students with its 95 % t-interval."""
+  return {
+    question: {name: estimate([f['auroc'][question][name] for f in found]) for name in SIGNALS}
+    for question in QUESTIONS
+  }
+
+
+def page(found: list[dict[str, Any]]) -> str:
+  """table.md."""
+  lines = [
+    f'AUROC over {len(found)} students, mean and 95 % t-interval; .5 is chance.',
+    '',
+    f'| signal | {" | ".join(QUESTIONS)} |',
+    f'|---|{"---:|" * len(QUESTIONS)}',
+  ]
+  by_question = summary(found)
+  for name in SIGNALS:
+    cells = [by_question[q][name] for q in QUESTIONS]
+    text = ' | '.join(f'{c.mean:.3f} ± {c.half:.3f}' for c in cells)
+    lines.append(f'| `{name}` | {text} |')
+  return '\n'.join(lines) + '\n'
+
+
+def picture(found: list[dict[str, Any]]) -> Figure:
+  """A panel a question, a row a signal, a dot a student."""
+  drawn = Figure(figsize=(11, 2.8), layout='constrained')
+  panels = drawn.subplots(1, len(QUESTIONS), sharey=True)
+  for axes, question in zip(panels, QUESTIONS):
+    for row, name in enumerate(SIGNALS):
+      values = [f['auroc'][question][name] for f in found]
+      mean = estimate(values)
+      axes.plot(values, [row] * len(values), 'o', color='#9a9fa6', markersize=3.5, alpha=0.8)
+      axes.errorbar(mean.mean, row, xerr=mean.half, fmt='s', color='#2f5bd0', markersize=5)
+    axes.axvline(0.5, color='#444', linewidth=0.8, linestyle=':')
+    axes.set(xlim=(-0.02, 1.02), title=question, xlabel='AUROC')
+    axes.title.set_fontsize(10)
+    axes.set_yticks(range(len(SIGNALS)), SIGNALS)
+    axes.spines[['top', 'right']].set_visible(False)
+  panels[0].invert_yaxis()
+  return drawn
+
+
+def main() -> None:
+  """The command."""
+  console, file = Console(), HERE / 'results.json'
+  experiment = grid.load('text')
+  if not FLAGS.report_only:
+    models.prepare(experiment, FLAGS.jobs, console)
+    found = []
+    with common.bar(console) as bar:
+      for seed in bar.track(experiment.seeds, description='students'):
+        found.append(measure(seed, FLAGS.records))
+    with workdirs.writing(str(file)) as out:
+      out.write(json.dumps(found, indent=1) + '\n')
+  found = json.loads(file.read_text())
+  (HERE / 'table.md').write_text(page(found))
+  picture(found).savefig(HERE / 'signals.png', dpi=130)
+  console.print(page(found))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_integer('records', 500, 'Problems a student.', lower_bound=2)
+  flags.DEFINE_integer('jobs', 2, 'Models made at a time, where they are missing.', lower_bound=1)
+  flags.DEFINE_bool('report_only', False, 'The table and the figure from results.json.')
+  cli.run(main)

@@ -1,0 +1,36 @@
+"""What tokens are by construction, and the statistic that holds signals against it."""
+
+import itertools
+
+import numpy as np
+
+from dopd_jax import tasks
+from dopd_jax.data import Example, Record
+from experiments.signal import __main__ as signal
+
+
+def example(prompt):
+  return Example(0, Record(id=prompt, prompt=prompt), [], [])
+
+
+def test_a_plan_token_is_told_where_only_the_hint_says_which_chain_is_meant():
+  tokenizer = tasks.plan_execute.tokenizer()
+  one = 'a = 3\nb a +1\nc = 2\nd c +5\n? b'
+  two = 'a = 3\nb a +1\nc = 2\nb c +2\n? b'
+  words = ['a', '3', 'b', '4', tokenizer.eos_token, 'a']
+  tokens = np.array([tokenizer.convert_tokens_to_ids(words)] * 2)
+  mask = np.array([[1, 1, 1, 1, 1, 0]] * 2, bool)
+  kinds = signal.kinds([example(one), example(two)], tokenizer, tokens, mask)
+  of = lambda kind: kinds[kind].astype(int).tolist()
+  assert of('execution') == [[0, 1, 0, 1, 0, 0]] * 2
+  assert of('plan') == [[1, 0, 1, 0, 0, 0]] * 2
+  assert of('told') == [[0] * 6, [1, 0, 0, 0, 0, 0]]
+  assert of('untold') == [[1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+
+
+def test_auroc_is_the_share_of_pairs_in_order():
+  rng = np.random.default_rng(0)
+  high, low = rng.integers(0, 6, 40) + 0.0, rng.integers(0, 5, 30) + 0.0
+  pairs = [(h > x) + 0.5 * (h == x) for h, x in itertools.product(high, low)]
+  np.testing.assert_allclose(signal.auroc(high, low), np.mean(pairs))
+  assert np.isnan(signal.auroc(high, low[:0]))
