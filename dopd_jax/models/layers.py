@@ -7,6 +7,9 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 
 # Finite, so that a query that may see nothing gives the mean of the values and not NaN.
 _MASKED = -1e30
+# Queries whose scores [B, Q, block, S] exist at once: at 6,144 tokens and 32 heads 0.2 GiB a row
+# instead of 4.5. The backward pass makes them again.
+BLOCK = 256
 
 
 def rms_norm(
@@ -84,8 +87,28 @@ def attention(
   Scores and softmax in float32; keys and values are not repeated. `mask` is true where a query may
   look. A query that may look nowhere gives a finite value that means nothing. Keys and values that
   `quantize` made int8 come with their scales, which multiply scores and weights: a sum over H or S
-  is scaled once, and no keys or values of full size are made.
+  is scaled once, and no keys or values of full size are made. Queries go in blocks of at most
+  `BLOCK`; each sees all keys at once, so that its softmax is the same.
   """
+  B, T = q.shape[:2]
+  count = -(-T // BLOCK)
+  if count == 1:
+    return _attend(q, k, v, mask, k_scale, v_scale)
+  size = -(-T // (8 * count)) * 8  # blocks of one size, the last one filled up
+  fill = count * size - T
+
+  def blocks(x):
+    x = jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
+
+  one = lambda x: _attend(x[0], k, v, x[1], k_scale, v_scale)
+  whole = jnp.broadcast_to(mask, (B, T, k.shape[1]))
+  y = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (blocks(q), blocks(whole)))
+  return jnp.moveaxis(y, 0, 1).reshape(B, -1, *q.shape[2:])[:, :T]
+
+
+def _attend(q, k, v, mask, k_scale, v_scale):
+  """All queries at once."""
   B, T, Q, H = q.shape
   K = k.shape[2]
   q = q.reshape(B, T, K, Q // K, H)
