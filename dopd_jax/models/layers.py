@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 # Finite, so that a query that may see nothing gives the mean of the values and not NaN.
 _MASKED = -1e30
 # Queries whose scores [B, Q, block, S] exist at once: at 6,144 tokens and 32 heads 0.2 GiB a row
-# instead of 4.5. The backward pass makes them again.
+# instead of 4.5. The backward pass makes them again, for one more forward pass of attention.
 BLOCK = 256
 
 
@@ -85,10 +85,11 @@ def attention(
   """Grouped-query attention (Ainslie et al. 2023): query head i reads key head i // G, G = Q / K.
 
   Scores and softmax in float32; keys and values are not repeated. `mask` is true where a query may
-  look. A query that may look nowhere gives a finite value that means nothing. Keys and values that
-  `quantize` made int8 come with their scales, which multiply scores and weights: a sum over H or S
-  is scaled once, and no keys or values of full size are made. Queries go in blocks of at most
-  `BLOCK`; each sees all keys at once, so that its softmax is the same.
+  look, and may have one row for all queries. A query that may look nowhere gives a finite value that
+  means nothing. Keys and values that `quantize` made int8 come with their scales, which multiply
+  scores and weights: a sum over H or S is scaled once, and no keys or values of full size are made.
+  Queries go in blocks of at most `BLOCK`; each sees all keys at once, so that its softmax is the
+  same.
   """
   B, T = q.shape[:2]
   count = -(-T // BLOCK)
@@ -101,6 +102,9 @@ def attention(
     x = jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
 
+  # The gradients of keys and values are summed over blocks in the dtype that these come in.
+  if jnp.issubdtype(k.dtype, jnp.floating):
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
   one = lambda x: _attend(x[0], k, v, x[1], k_scale, v_scale)
   whole = jnp.broadcast_to(mask, (B, T, k.shape[1]))
   y = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (blocks(q), blocks(whole)))

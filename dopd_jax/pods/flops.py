@@ -7,7 +7,7 @@ tokens carry loss, and causal attention multiplies its upper triangle too, as `m
 import jax
 
 from dopd_jax.config import Config
-from dopd_jax.models import DecoderConfig, Model
+from dopd_jax.models import DecoderConfig, Model, VisionConfig, layers
 from dopd_jax.objectives import Objective
 from dopd_jax.policies import Pair
 from dopd_jax.rollout.caches import lengths
@@ -41,11 +41,15 @@ def count(
 
   T = P + N
   passes = 4 if config.remat else 3  # forward, backward twice, and forward again
+  again = lambda tokens: tokens > layers.BLOCK  # scores in blocks are made once more
   sources = [pair.models[v.weights][''] for v in objective.views.values() if v.weights not in OWN]
   source = max([head(m, B * N) for m in (student, *sources)])
   update = passes * forward(student, B, T, T) + 3 * head(student, B * N) + source
+  update += again(T) * B * attention(student.config, T * T)
   seen = 1 if config.freeze == 'vision' else passes
   update += seen * see(student, b, patches)
+  if vision and seen > 1 and again(patches):
+    update += b * attend(vision, patches)
   return {'rollout': rollout, 'score': score, 'update': update}
 
 
@@ -79,5 +83,10 @@ def see(model: Model, images: int, patches: int) -> int:
   blocks = sum(x.size for x in jax.tree.leaves(shapes['blocks']) if x.ndim > 2)
   mergers = {k: x for k, x in shapes.items() if 'merger' in k}
   merged = sum(x.size for x in jax.tree.leaves(mergers) if x.size > v.hidden_size**2)
-  pairs = 4 * v.depth * v.hidden_size * patches**2
-  return images * (2 * patches * blocks + pairs + 2 * patches // v.merged * merged)
+  merge = 2 * patches // v.merged * merged
+  return images * (2 * patches * blocks + attend(v, patches) + merge)
+
+
+def attend(vision: VisionConfig, patches: int) -> int:
+  """Scores and sums of one image, in all blocks of the tower."""
+  return 4 * vision.depth * vision.hidden_size * patches**2

@@ -56,6 +56,21 @@ def test_gradients_are_the_same(monkeypatch):
     assert np.abs(theirs).max() > 0.1
 
 
+def test_bfloat16_gradients_of_keys_lose_nothing_to_the_blocks(monkeypatch):
+  """A key's gradient is a sum over blocks: in bfloat16 it would lose a bit at each of them."""
+  q, k, v = (x.astype(jnp.bfloat16) for x in inputs()[:3])
+  q, mask = jnp.tile(q, (1, 16, 1, 1)), jnp.ones((B, 16 * T, S), bool)
+  loss = lambda q, k, v: jnp.sum(layers.attention(q, k, v, mask).astype(jnp.float32) ** 2)
+  grad = lambda *x: [g.astype(jnp.float32) for g in jax.grad(loss, (1, 2))(*x)]
+  monkeypatch.setattr(layers, 'BLOCK', 16 * T)
+  exact = grad(*(x.astype(jnp.float32) for x in (q, k, v)))
+  error = lambda found: [np.abs(a - b).mean() for a, b in zip(found, exact)]
+  whole = error(grad(q, k, v))
+  monkeypatch.setattr(layers, 'BLOCK', 4)
+  for ours, theirs in zip(error(grad(q, k, v)), whole):
+    assert ours < 1.2 * theirs
+
+
 def test_scores_of_all_queries_never_exist(monkeypatch):
   """Forward and backward of 1,024 tokens in blocks of 128 take a quarter of the memory."""
   x = jax.ShapeDtypeStruct((1, 1024, 4, 16), jnp.float32)
