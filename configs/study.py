@@ -16,15 +16,23 @@ PACKAGE = 'package:dopd_jax/assets/quickstart'
 
 def get_config(arg=''):
   a = config.parse_arg(
-    arg, smoke=False, method='dopd', seed=0, rho=0.5, hint='steps', size='student'
+    arg,
+    smoke=False,
+    method='dopd',
+    seed=0,
+    rho=0.5,
+    hint='steps',
+    student='student',
+    size=2000,
+    split='test',
   )
   c = config.default(a.method)
   c.seed = a.seed
-  c.student.path = f'{PACKAGE}/student' if a.smoke else f'{MODELS}/{a.size}_{a.seed}'
+  c.student.path = f'{PACKAGE}/student' if a.smoke else f'{MODELS}/{a.student}_{a.seed}'
   c.teacher.path = f'{PACKAGE}/teacher' if a.smoke else f'{MODELS}/teacher'
   task = f'task:plan_execute?steps=2&definitions=4&modulus=7&rho={a.rho}&hint={a.hint}'
   c.data.train = f'{task}&size=20000&seed={1000 + a.seed}'
-  c.data.eval = f'{task}&size=2000&seed=8&split=test'
+  c.data.eval = f'{task}&size={a.size}&seed=8&split={a.split}'
   c.data.max_prompt_tokens = 64
   c.data.prompt_bucket = 16
   c.rollout.prompts = 32

@@ -130,7 +130,7 @@ class Evaluation:
   records: int = 0  # of data.eval; 0 is all
   temperature: float = 0.0
   teacher: bool = True  # measure the teacher once, at the start
-  stop_at: float = 0.0  # a run ends at the first look of this accuracy; 0 is at its last step only
+  stop_at: float = 0.0  # a run ends at the first look, after its start, of this accuracy; 0: never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,6 +381,10 @@ def _check(c: Config) -> None:
       f'rollout.prompts ({c.rollout.prompts}) must be a multiple of rollout.prompts_at_once '
       f'({c.rollout.prompts_at_once})'
     )
+  if c.evaluation.stop_at > 1:
+    raise UserError(f'evaluation.stop_at is a share, from 0 to 1, not {c.evaluation.stop_at}')
+  if c.evaluation.stop_at and not (c.data.eval and c.evaluation.every):
+    raise UserError('evaluation.stop_at needs data.eval and evaluation.every to look at')
   if c.rollout.lag not in (0, 1):
     raise UserError(f'rollout.lag must be 0 or 1, not {c.rollout.lag}')
   _check_objective(c)

@@ -86,16 +86,30 @@ METRICS: dict[str, Metric] = {
     'Share of <regime>, wrong', 'share', 'The same among the tokens of wrong answers.'
   ),
   'train/gap': Metric(
-    'Privilege advantage gap', 'nats', 'Mean of |log q_T - log q_S| over the sampled tokens.'
+    'Privilege advantage gap',
+    'nats',
+    "Mean of the method's gap; DOPD's is |log q_T - log q_S| of a token.",
   ),
   'train/gap_threshold': Metric(
     'Gap threshold', 'nats', 'Trimmed mean of the gap: at or above it a token is HT or HS.'
+  ),
+  'train/gap_threshold_teacher': Metric(
+    "Gap threshold, teacher's side", 'nats', 'The same over the tokens with q_T >= q_S: HT.'
+  ),
+  'train/gap_threshold_student': Metric(
+    "Gap threshold, student's side", 'nats', 'The same over the tokens with q_T < q_S: HS.'
   ),
   'train/confidence': Metric(
     'Confidence', 'q_S + q_T', 'Mean of q_S + q_T over the sampled tokens.'
   ),
   'train/confidence_threshold': Metric(
     'Confidence threshold', 'q_S + q_T', 'Trimmed mean of q_S + q_T: at or above it LH, else LL.'
+  ),
+  'train/certainty': Metric(
+    'Certainty', 'nats', 'Mean of -H(Sp) - H(Tp), which stands for confidence in some methods.'
+  ),
+  'train/certainty_threshold': Metric(
+    'Certainty threshold', 'nats', 'Trimmed mean of it: at or above it LH, else LL.'
   ),
   'train/grad_norm': Metric('Gradient norm', '', 'Norm of the gradient, before clipping.'),
   'train/head_grad_norm/<regime>': Metric(

@@ -115,12 +115,12 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
 
     # ---------------------------------------------------------------- resume
     newest = saves.newest() if jax.process_index() == 0 else None
-    done, last = distributed.first(newest or 0), {}
+    done, last, ended = distributed.first(newest or 0), {}, False
     if done:
       state, run = saves.restore(done, states.abstract(state))
       dataset.check_same(run.get('records', {}), records)
       ahead.set_state(run, saves.restore_rollout(done, ahead.abstract), done)
-      last = run['accuracy']
+      last, ended = run['accuracy'], run.get('ended', False)
       logging.info('Going on from step %d of %d.', done, config.steps)
     workdirs.claim(workdir, config)
     writer = metrics.Writer(workdir, done, config.log.tensorboard)
@@ -138,8 +138,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
     finished = lambda x: finish(config, objective, pair, mesh, x, clock, progress, task)
     pending: InFlight | None = None
     page: list[dict] = []
-    steps_left = () if done and reached(config, last) else range(done + 1, config.steps + 1)
-    for step in steps_left:
+    for step in () if ended else range(done + 1, config.steps + 1):
       # With a lag this also starts the rollout of the next step. It must come before the update,
       # which donates the parameters that sample; a dispatch that holds them is safe.
       collected = ahead.take(state.params, step)
@@ -161,7 +160,9 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
         values = finished(pending)
         if look:
           last = judge(step, state.params, progress)
-          end = end or reached(config, last)
+          if reached(config, last) and not end:
+            end = True
+            logging.info('Step %d has the accuracy of evaluation.stop_at: the run ends.', step)
           values |= last | look_inside(state, given, resident, pending.collected.batch)
           clock.restart()  # looking is not training
         writer.write(step, values)
@@ -170,6 +171,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
         pending = None
         if save or end:
           run = {**ahead.get_state(), 'records': records, 'metrics': values, 'accuracy': last}
+          run['ended'] = end
           saves.save(step, state, run, ahead.rollout)
       saves.check()
       if stopping and not end:

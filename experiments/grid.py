@@ -48,7 +48,7 @@ class Experiment:
   tuning_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   metric: str = 'eval/accuracy'  # higher is better; its last value is what is compared
   contrasts: Sequence[tuple[str, str]] = ()  # (arm, reference): those that are tested
-  # Directory -> the supervised config that makes the model in it; {seed} stands for each seed.
+  # Name -> the supervised config that makes the model, one a seed where it names {seed}.
   models: Mapping[str, str] = dataclasses.field(default_factory=dict)
   pool: str = ''  # the experiment whose folder keeps the results; arms of one name are one there
 

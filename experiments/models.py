@@ -1,75 +1,68 @@
 """The models that an experiment starts from, made by supervised training where they are missing."""
 
-import os
 import pathlib
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from concurrent import futures
+import shutil
+from collections.abc import Callable
 
 from rich.console import Console
 
+from dopd_jax import config as configs
+from dopd_jax import export
 from dopd_jax.errors import UserError
-from experiments import common
-from experiments.grid import ROOT, Experiment
+from experiments import common, grid, results, workers
+from experiments.grid import Experiment, Run
+
+FOLDER = pathlib.Path('runs/experiments/models')
 
 
-def prepare(experiment: Experiment, jobs: int, console: Console) -> None:
-  """Makes the models that the runs start from and that are not there yet."""
-  missing = {k: v for k, v in wanted(experiment).items() if not pathlib.Path(k).exists()}
-  if not missing:
+def wanted(experiment: Experiment) -> dict[pathlib.Path, Run]:
+  """Where each model lies below `FOLDER`, and the training that makes it."""
+  found = {}
+  for seed in (*experiment.tuning_seeds, *experiment.seeds):
+    for name, config in experiment.models.items():
+      path, _, words = config.format(seed=seed).partition(':')
+      made = configs.validate(grid.module(grid.ROOT / path).get_config(words))
+      # One that is the same for all seeds is named by itself.
+      each = '{seed}' in config
+      found[pathlib.Path(f'{name}_{seed}' if each else name)] = Run(name, seed if each else 0, made)
+  return found
+
+
+def prepare(
+  experiment: Experiment,
+  execute: Callable[[pathlib.Path], workers.Execute],
+  console: Console,
+  folder: pathlib.Path = FOLDER,
+) -> None:
+  """Makes the models that are missing: a training with a result file, and the export of its end.
+
+  Args:
+    experiment: which models, and of which seeds.
+    execute: given the folder, trains runs there.
+    console: where a bar is shown.
+    folder: where models, results and workdirs lie.
+
+  Raises:
+    UserError: a model is there from another config, or its training did not end as it should.
+  """
+  models = {folder / path: run for path, run in wanted(experiment).items()}
+  missing = {path: run for path, run in models.items() if not results.done(run, folder)}
+  unexported = [path for path in models if path in missing or not path.exists()]
+  if not unexported:
     return
   with common.bar(console) as bar:
     task = bar.add_task('models', total=len(missing))
-    for path in make(missing, jobs):
+    for run, _ in execute(folder)(list(missing.values())):
       bar.advance(task)
-      bar.console.print(f'made {path}', highlight=False, soft_wrap=True)
-
-
-def wanted(experiment: Experiment) -> dict[str, str]:
-  """Directory -> the config that makes its model, of every seed of the experiment."""
-  return {
-    path.format(seed=seed): config.format(seed=seed)
-    for seed in (*experiment.tuning_seeds, *experiment.seeds)
-    for path, config in experiment.models.items()
-  }
-
-
-def make(missing: Mapping[str, str], jobs: int) -> Iterator[str]:
-  """Makes the models, `jobs` at a time, and gives each directory when it is there.
-
-  A directory PATH is exported from the workdir PATH.run, from which a training that was cut off
-  goes on; what it printed is in PATH.log.
-
-  Raises:
-    UserError: a training failed.
-  """
-  running: set[subprocess.Popen] = set()
-
-  def one(path: str, config: str) -> str:
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    here = {**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
-    for words in (
-      ('sft', f'--config={ROOT / config}', f'--workdir={path}.run'),
-      ('export', f'--workdir={path}.run', f'--out={path}'),
-    ):
-      command = [sys.executable, '-m', f'dopd_jax.{words[0]}', *words[1:]]
-      with open(f'{path}.log', 'a') as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=here)
-        running.add(process)
-        code = process.wait()
-        running.discard(process)
-      if code:
-        raise UserError(f'{path} could not be made (exit code {code}): see {path}.log')
-    return path
-
-  with futures.ThreadPoolExecutor(jobs) as pool:
-    try:
-      made = [pool.submit(one, path, config) for path, config in missing.items()]
-      for future in futures.as_completed(made):
-        yield future.result()
-    except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
-      for process in list(running):
-        process.terminate()  # it saves its state first
-      raise
+      bar.console.print(f'trained {run.name}', highlight=False)
+  for path in unexported:
+    run = models[path]
+    result, goal = results.of(run, folder), run.config.evaluation.stop_at
+    if 'stopped' in result:
+      raise UserError(f'{path.name} could not be trained: {result["stopped"]}')
+    if goal and (reached := results.final(result, experiment.metric)) < goal:
+      raise UserError(
+        f'{path.name} was to reach {goal:.0%} and ended at {reached:.1%}: give it more steps'
+      )
+    shutil.rmtree(path, ignore_errors=True)  # of a training that is no more
+    export.export(str(run.workdir(folder / 'runs')), str(path))

@@ -50,6 +50,11 @@ def done(run: Run, out: pathlib.Path) -> bool:
   return True
 
 
+def of(run: Run, out: pathlib.Path) -> dict[str, Any]:
+  """The result of a run that is done."""
+  return _read(run.file(out))
+
+
 def final(result: Mapping[str, Any], metric: str) -> float:
   """The last value of the metric; -inf of a run that was stopped or has no finite one."""
   values = report.series(result['rows'], metric)[1]

@@ -114,10 +114,12 @@ def main() -> None:
       raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    commit = common.commit()
+    in_processes = lambda out: workers.in_processes(FLAGS.jobs, out, out / 'runs', commit)
     try:
       if not FLAGS.smoke:
-        models.prepare(experiment, FLAGS.jobs, console)
-      execute = workers.in_processes(FLAGS.jobs, kept, runs, common.commit())
+        models.prepare(experiment, in_processes, console)
+      execute = workers.in_processes(FLAGS.jobs, kept, runs, commit)
       walk(experiment, arms, kept, execute, console, FLAGS.smoke)
     except KeyboardInterrupt:
       console.print('Stopped; the same command goes on from here.')

@@ -122,6 +122,8 @@ def valid():
     ({'data.privileged': 'some'}, 'data.privileged must be one of'),
     ({'data.train': ''}, 'set either data.train'),
     ({'objective.name': 'dodp'}, "did you mean 'dopd'"),
+    ({'evaluation.stop_at': 55.0}, 'evaluation.stop_at is a share, from 0 to 1'),
+    ({'evaluation.stop_at': 0.5, 'evaluation.every': 5}, 'stop_at needs data.eval'),
   ],
 )
 def test_mistakes_are_sentences(changes, sentence):

@@ -175,6 +175,8 @@ def test_what_is_committed_is_what_the_command_would_run(name):
   planned = [*tuning, *grid.final_runs(experiment, rates)]
   kept = {p for kind in ('tuning', 'results') for p in (out / kind).glob('*.json')}
   assert len(planned) > 10 and kept <= {run.file(out) for run in planned}
+  if (out / 'table.md').exists():  # it was run, and every number of the table has its file
+    assert kept == {run.file(out) for run in planned}
   there = [one for one in planned if one.file(out) in kept]
   assert all(results.done(one, out) for one in there)
   for one in there[:1]:
@@ -340,37 +342,70 @@ def test_every_declared_experiment_is_valid_and_no_tuning_sees_its_test_set():
     ]
     tests = {r.config.data.eval for r in grid.final_runs(experiment, dict.fromkeys(known))}
     tuned = {r.config.data.eval for r in grid.tuning_runs(experiment, known)}
+    tuned |= {r.config.data.eval for r in models.wanted(experiment).values()}
     assert not tests & tuned
 
 
-PYTHON = """#!/bin/sh
-echo "$@" >> {log}
-case "$*" in
-  *seed=7*) exit 2 ;;
-  *dopd_jax.export*) mkdir "${{4#--out=}}" ;;
-esac
-"""
+def test_models_are_made_where_they_are_missing(tmp_path, monkeypatch):
+  exported = []
+
+  def export(workdir, path):
+    exported.append(path)
+    pathlib.Path(path).mkdir()
+
+  monkeypatch.setattr(models.export, 'export', export)
+  trainer = Trainer()
+
+  def execute(folder):
+    def go(todo):
+      for one in todo:
+        yield one, workers.perform(one, folder, folder / 'runs', train=trainer)
+
+    return go
+
+  made = {
+    'teacher': 'configs/quickstart.py:method=opd',
+    'student': 'configs/quickstart.py:method=opd,seed={seed}',
+  }
+  experiment = dataclasses.replace(EXPERIMENT, models=made, seeds=(0, 2))
+  prepare = lambda experiment=experiment: models.prepare(
+    experiment, execute, Console(quiet=True), tmp_path
+  )
+  prepare()
+  names = [pathlib.Path(path).name for path in exported]
+  assert names == ['teacher', 'student_100', 'student_101', 'student_0', 'student_2']
+  assert [c.seed for c in trainer.ran] == [0, 100, 101, 0, 2]
+  prepare()
+  assert len(exported) == 5 == len(trainer.ran)  # all there: nothing is made again
+  (tmp_path / 'student_2').rmdir()
+  prepare()
+  assert exported[5:] == [str(tmp_path / 'student_2')] and len(trainer.ran) == 5
+
+  other = {'teacher': 'configs/quickstart.py:method=dopd'}
+  with pytest.raises(UserError, match='is the result of another config'):
+    prepare(dataclasses.replace(experiment, models=other))
 
 
-@pytest.mark.parametrize('jobs', [1, 2])
-def test_models_are_made_where_they_are_missing(tmp_path, monkeypatch, jobs):
-  monkeypatch.chdir(tmp_path)
-  (tmp_path / 'python').write_text(PYTHON.format(log=tmp_path / 'asked'))
-  (tmp_path / 'python').chmod(0o755)
-  monkeypatch.setattr(sys, 'executable', str(tmp_path / 'python'))
-  asks = {'m/teacher': 'configs/s.py', 'm/student_{seed}': 'configs/s.py:seed={seed}'}
-  experiment = dataclasses.replace(EXPERIMENT, models=asks, seeds=(0, 2))
-  (tmp_path / 'm' / 'teacher').mkdir(parents=True)
-  models.prepare(experiment, jobs, Console(quiet=True))
-  asked = (tmp_path / 'asked').read_text()
-  assert asked.count('dopd_jax.sft') == 4 == asked.count('dopd_jax.export')  # two tuning seeds
-  assert f'-m dopd_jax.sft --config={ROOT}/configs/s.py:seed=2 --workdir=m/student_2.run' in asked
-  assert 'teacher' not in asked and (tmp_path / 'm' / 'student_101').is_dir()
-  models.prepare(experiment, jobs, Console(quiet=True))
-  assert (tmp_path / 'asked').read_text() == asked  # all there: nothing is made again
-  with pytest.raises(UserError, match=r'm/student_7 could not be made \(exit code 2\)'):
-    models.prepare(dataclasses.replace(experiment, seeds=(7,)), jobs, Console(quiet=True))
-  assert not (tmp_path / 'm' / 'student_7').exists()
+def test_a_model_that_did_not_become_what_it_should_is_an_error(tmp_path, monkeypatch):
+  """A student below its accuracy, or a training whose loss broke, is never exported."""
+  monkeypatch.setattr(models.export, 'export', lambda *_: pytest.fail('exported'))
+  config = grid.make_config(EXPERIMENT, 'opd', 0)
+  config = dataclasses.replace(
+    config, evaluation=dataclasses.replace(config.evaluation, stop_at=0.9, every=2)
+  )
+  monkeypatch.setattr(models, 'wanted', lambda _: {pathlib.Path('m'): grid.Run('m', 0, config)})
+  for breaks, words in (
+    (False, r'^m was to reach 90% and ended at 60\.0%: give it more steps$'),
+    (True, '^m could not be trained: the loss is not finite'),
+  ):
+    execute = lambda folder, breaks=breaks: (
+      lambda todo: (
+        (one, workers.perform(one, folder, folder / 'runs', train=Trainer(lambda _: breaks)))
+        for one in todo
+      )
+    )
+    with pytest.raises(UserError, match=words):
+      models.prepare(EXPERIMENT, execute, Console(quiet=True), tmp_path / str(breaks))
 
 
 # -------------------------------------------------------------------------------------- the command

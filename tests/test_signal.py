@@ -3,9 +3,12 @@
 import itertools
 
 import numpy as np
+import pytest
 
+from dopd_jax import config as configs
 from dopd_jax import tasks
 from dopd_jax.data import Example, Record
+from experiments import grid
 from experiments.signal import __main__ as signal
 
 
@@ -33,4 +36,21 @@ def test_auroc_is_the_share_of_pairs_in_order():
   high, low = rng.integers(0, 6, 40) + 0.0, rng.integers(0, 5, 30) + 0.0
   pairs = [(h > x) + 0.5 * (h == x) for h, x in itertools.product(high, low)]
   np.testing.assert_allclose(signal.auroc(high, low), np.mean(pairs))
-  assert np.isnan(signal.auroc(high, low[:0]))
+
+
+@pytest.mark.slow
+def test_a_pair_is_measured_and_drawn(tmp_path):
+  """On the pair of the quickstart: a signal is what its name says, and the page shows it."""
+  study = grid.module(grid.ROOT / 'configs/study.py')
+  config = study.get_config('smoke,split=train')
+  config.data.eval = study.get_config('size=80,split=train').data.eval
+  found = signal.measure(configs.validate(config))
+  assert found['tokens']['plan'] == found['tokens']['told'] + found['tokens']['untold']
+  mean = found['mean']
+  assert all(0 <= x <= np.log(2) for name in signal.PAIRS for x in mean[name].values())
+  assert all(mean['gap'][kind] >= abs(mean['signed gap'][kind]) for kind in found['tokens'])
+  # What a hint tells shows where it is the only one to tell.
+  assert found['auroc']['told over other plan']['JS(Sp, S)'] > 0.6
+  other = {**found, 'seed': 1}
+  assert '| `gap` | ' in signal.page([found, other])
+  signal.picture([found, other]).savefig(tmp_path / 'signals.png')

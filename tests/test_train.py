@@ -120,14 +120,20 @@ def test_a_run_ends_at_the_accuracy_it_was_to_stop_at(tmp_path, monkeypatch):
   """At the first look, of steps 2 and 4, that reaches it; the same command then does nothing."""
   right = lambda examples, texts: np.ones(len(texts))
   monkeypatch.setattr(evaluation, 'rewards', right)
-  changes = {'steps': 6, 'evaluation__stop_at': 0.9, 'checkpoint__every': 5}
-  run(tmp_path, **changes)
-  before = rows(tmp_path)
+  changes = {'steps': 6, 'evaluation__stop_at': 0.9, 'checkpoint__every': 1}
+  run(tmp_path / 'whole', **changes)
+  before = rows(tmp_path / 'whole')
   assert [row['step'] for row in before] == [0, 1, 2] and before[-1]['eval/accuracy'] == 1.0
-  assert (tmp_path / 'checkpoints' / '00000002' / 'manifest.json').exists()
-  assert (tmp_path / 'report.png').exists()
-  run(tmp_path, **changes)
-  assert rows(tmp_path) == before
+  assert (tmp_path / 'whole' / 'checkpoints' / '00000002' / 'manifest.json').exists()
+  assert (tmp_path / 'whole' / 'report.png').exists()
+  run(tmp_path / 'whole', **changes)
+  assert rows(tmp_path / 'whole') == before
+
+  # Cut off before its first look: what the start looked like ends no run.
+  shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
+  os.unlink(tmp_path / 'cut' / 'checkpoints' / '00000002' / 'manifest.json')
+  run(tmp_path / 'cut', **changes)
+  assert rows(tmp_path / 'cut') == before
 
 
 def test_a_workdir_keeps_its_config(finished):

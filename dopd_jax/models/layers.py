@@ -85,7 +85,7 @@ def attention(
   """Grouped-query attention (Ainslie et al. 2023): query head i reads key head i // G, G = Q / K.
 
   Scores and softmax in float32; keys and values are not repeated. `mask` is true where a query may
-  look, and may have one row for all queries. A query that may look nowhere gives a finite value that
+  look, and may have one row for all queries. One that may look nowhere gives a finite value that
   means nothing. Keys and values that `quantize` made int8 come with their scales, which multiply
   scores and weights: a sum over H or S is scaled once, and no keys or values of full size are made.
   Queries go in blocks of at most `BLOCK`; each sees all keys at once, so that its softmax is the

@@ -13,7 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from dopd_jax.losses import routing
-from dopd_jax.objectives.dopd import Dopd, routed
+from dopd_jax.objectives.dopd import Dopd
 from dopd_jax.objectives.grammar import Compare, Routed, Seen
 
 
@@ -31,9 +31,20 @@ class DopdDistributional(Dopd):
     """Divergence and entropies, held against their trimmed means."""
     mask, axis = seen.mask, routing.axis_of(self.scope)
     entropy = {name: jnp.where(mask, seen.signals[name].entropy, 0.0) for name in ('Sp', 'Tp')}
-    gap = jnp.where(mask, seen.pairs['gap'], 0.0)
-    confidence = -entropy['Sp'] - entropy['Tp']
-    bars = [routing.trimmed_mean(x, mask, self.trim, axis) for x in (gap, confidence)]
-    ahead = entropy['Tp'] <= entropy['Sp']
-    regime = routing.regimes(gap, bars[0], confidence, bars[1], ahead, mask)
-    return routed(routing.Routing(regime, gap, bars[0], confidence, bars[1]), mask)
+    values = {
+      'gap': jnp.where(mask, seen.pairs['gap'], 0.0),
+      'certainty': -entropy['Sp'] - entropy['Tp'],
+    }
+    bars = {name: routing.trimmed_mean(x, mask, self.trim, axis) for name, x in values.items()}
+    regime = routing.regimes(
+      values['gap'],
+      bars['gap'],
+      values['certainty'],
+      bars['certainty'],
+      entropy['Tp'] <= entropy['Sp'],
+      mask,
+    )
+    count = jnp.maximum(jnp.sum(mask), 1)
+    scalars = {name: jnp.sum(x) / count for name, x in values.items()}
+    scalars |= {f'{name}_threshold': jnp.mean(x) for name, x in bars.items()}
+    return Routed(regime, scalars, {'gap': values['gap']})

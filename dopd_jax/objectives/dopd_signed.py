@@ -23,14 +23,23 @@ class DopdSigned(Dopd):
   name: str = 'dopd_signed'
 
   def router(self, seen: Seen) -> Routed:
-    """As DOPD's, but for the gap threshold, which is that of the token's sign; logged as a mean."""
+    """As DOPD's, but for the gap threshold, which is that of the token's sign."""
     mask, axis = seen.mask, routing.axis_of(self.scope)
     s, t = seen.signals['Sp'].logp_y, seen.signals['Tp'].logp_y
     found = routing.route(s, t, mask, self.trim, self.scope)
     bar = lambda side: routing.trimmed_mean(found.gap, mask & side, self.trim, axis)
-    threshold = jnp.where(t >= s, bar(t >= s), bar(t < s))
+    teacher, student = bar(t >= s), bar(t < s)
     regime = routing.regimes(
-      found.gap, threshold, found.confidence, found.confidence_threshold, t >= s, mask
+      found.gap,
+      jnp.where(t >= s, teacher, student),
+      found.confidence,
+      found.confidence_threshold,
+      t >= s,
+      mask,
     )
-    mean = jnp.sum(jnp.where(mask, threshold, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
-    return routed(found._replace(regime=regime, gap_threshold=mean), mask)
+    told = routed(found._replace(regime=regime), mask)
+    scalars = {name: x for name, x in told.scalars.items() if name != 'gap_threshold'} | {
+      'gap_threshold_teacher': jnp.mean(teacher),
+      'gap_threshold_student': jnp.mean(student),
+    }
+    return told._replace(scalars=scalars)

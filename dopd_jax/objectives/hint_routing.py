@@ -47,7 +47,7 @@ class HintRouting(Settings):
     need_one_of('divergence', self.divergence, ('reverse_kl', 'forward_kl', 'js'))
     need_one_of('scope', self.scope, routing.SCOPES)
     need(0.0 <= self.trim < 1.0, f'objective.trim must be in [0, 1), not {self.trim}')
-    need(self.levels >= 2, f'objective.levels must be at least 2, not {self.levels}')
+    need(2 <= self.levels <= 101, f'objective.levels must be 2 to 101, not {self.levels}')
     asked = SIGNALS[self.signal]
     weights = [i / (self.levels - 1) for i in range(self.levels)] if asked else [self.mixture]
     return Objective(

@@ -114,8 +114,12 @@ def main(_: Any) -> None:
   tasks += [functools.partial(first, pair, SMALL, timeout) for pair in PAIRS]
   if timeout:
     with futures.ThreadPoolExecutor(flags.FLAGS.jobs) as pool:
-      for future in [pool.submit(task) for task in tasks]:
-        future.result()
+      try:
+        for future in [pool.submit(task) for task in tasks]:
+          future.result()
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
   (HERE / 'table.md').write_text(table(found()))
 
 

@@ -4,8 +4,9 @@ r"""Does a large gap mean capability? Signals against what each token is by cons
   python -m experiments.signal --report_only    # table.md and signals.png from results.json
 
 Each student, before any distillation, answers problems at temperature 1; all four policies score
-its tokens. A token is a plan (a variable) or an execution (a value); a plan token is `told` where
-two chains lead to the query, so that only the hint says which one is meant.
+its tokens. A token is a plan (a variable) or an execution (a value); the first plan token is `told`
+where two chains lead to the query, so that only the hint says which one is meant. Problems are of
+the training split: the test split waits for the distilled students.
 """
 
 import dataclasses
@@ -22,15 +23,18 @@ from scipy import stats
 
 from dopd_jax import cli, collate, diagnose, evaluation, policies, sharding, workdirs
 from dopd_jax import config as configs
+from dopd_jax.config import Config
+from dopd_jax.errors import UserError
 from dopd_jax.losses import rules
 from dopd_jax.objectives import Compare, Objective, View, hint_routing
 from dopd_jax.objectives.grammar import Routed, Seen, all_tokens
 from dopd_jax.tasks import plan_execute
-from experiments import common, grid, models
+from experiments import common, grid, models, workers
 from experiments.results import Estimate, estimate
 
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).parent
+MICROBATCH = 100
 GAP, SIGNED = 'gap', 'signed gap'  # |log Tp(y) - log Sp(y)|, and without the bars
 PAIRS = {
   'JS(Tp, Sp)': Compare('Sp', 'Tp', 'js'),
@@ -65,11 +69,19 @@ def everything() -> Objective:
   )
 
 
-def measure(seed: int, records: int, microbatch: int = 100) -> dict[str, Any]:
-  """AUROC of every signal for every question, of one student; and means by kind of token."""
-  study = grid.module(grid.ROOT / 'configs/study.py').get_config(f'method=hint_routing,seed={seed}')
-  study.data.train = study.data.eval.replace('size=2000', f'size={records}')
-  config, objective = configs.validate(study), everything()
+def measure(config: Config) -> dict[str, Any]:
+  """AUROC of every signal for every question, of one student; and means by kind of token.
+
+  Args:
+    config: of a run; its student answers `data.eval`. Microbatch rows divide these records.
+
+  Raises:
+    UserError: there are no tokens of some kind.
+  """
+  objective = everything()
+  config = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, train=config.data.eval)
+  )
   mesh = sharding.make_mesh(1, -1, 1)
   with jax.set_mesh(mesh):
     pair = policies.load_pair(config, mesh, {'teacher'})
@@ -80,13 +92,15 @@ def measure(seed: int, records: int, microbatch: int = 100) -> dict[str, Any]:
       examples, sorted(objective.prompts), config.data.prompt_bucket, pair.pad_id, 0, pair.sight
     )
     batch, _ = diagnose.complete(config, pair, mesh, examples, collate.put(shown, mesh))
-    _, scored = diagnose.score(config, pair, objective, batch, microbatch)
+    _, scored = diagnose.score(config, pair, objective, batch, config.microbatch)
     mask, tokens, found = collate.fetch((batch.mask, batch.tokens, scored.plan.token))
   right = evaluation.rewards(examples, evaluation.decode(pair.tokenizer, tokens, mask)) >= 0.5
   kind = kinds(examples, pair.tokenizer, tokens, mask)
   kind |= {'right': mask & right[:, None], 'wrong': mask & ~right[:, None]}
+  if few := [name for name, here in kind.items() if not here.any()]:
+    raise UserError(f'there are no tokens of kind {few[0]}: give more --records')
   return {
-    'seed': seed,
+    'seed': config.seed,
     'accuracy': float(right.mean()),
     'tokens': {name: int(here.sum()) for name, here in kind.items()},
     'auroc': {
@@ -116,8 +130,6 @@ def kinds(examples, tokenizer, tokens, mask) -> dict[str, np.ndarray]:
 
 def auroc(high: np.ndarray, low: np.ndarray) -> float:
   """The probability that one of `high` is larger than one of `low`, ties counting half."""
-  if not (len(high) and len(low)):
-    return float('nan')
   return float(stats.mannwhitneyu(high, low).statistic / (len(high) * len(low)))
 
 
@@ -169,13 +181,21 @@ def main() -> None:
   console, file = Console(), HERE / 'results.json'
   experiment = grid.load('text')
   if not FLAGS.report_only:
-    models.prepare(experiment, FLAGS.jobs, console)
+    commit = common.commit()
+    in_processes = lambda out: workers.in_processes(FLAGS.jobs, out, out / 'runs', commit)
+    models.prepare(experiment, in_processes, console)
+    get_config = grid.module(grid.ROOT / experiment.base).get_config
+    words = f'method=hint_routing,split=train,size={FLAGS.records},seed='
     found = []
     with common.bar(console) as bar:
       for seed in bar.track(experiment.seeds, description='students'):
-        found.append(measure(seed, FLAGS.records))
+        config = get_config(f'{words}{seed}')
+        config.microbatch = MICROBATCH
+        found.append(measure(configs.validate(config)))
     with workdirs.writing(str(file)) as out:
       out.write(json.dumps(found, indent=1) + '\n')
+  if not file.exists():
+    raise UserError('there is no results.json yet: run without --report_only first')
   found = json.loads(file.read_text())
   (HERE / 'table.md').write_text(page(found))
   picture(found).savefig(HERE / 'signals.png', dpi=130)
@@ -183,7 +203,8 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_integer('records', 500, 'Problems a student.', lower_bound=2)
+  flags.DEFINE_integer('records', 500, f'Problems a student, a multiple of {MICROBATCH}.')
+  flags.register_validator('records', lambda n: n > 0 and n % MICROBATCH == 0)
   flags.DEFINE_integer('jobs', 2, 'Models made at a time, where they are missing.', lower_bound=1)
   flags.DEFINE_bool('report_only', False, 'The table and the figure from results.json.')
   cli.run(main)

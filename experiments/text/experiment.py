@@ -4,13 +4,11 @@
 
 A seed decides the student (its start and the order of its training), prompts and sampling; the
 teacher is one. The learning rate of each arm is chosen on two students that appear in no final run,
-on problems of the training split; the test split, where no problem is one of training, is looked at
-only in the final runs.
+on problems of the training split, as is where the training of a student stops; the test split,
+where no problem is one of training, is looked at only in the final runs.
 """
 
 from experiments.grid import Arm, Experiment
-
-MODELS = 'runs/experiments/models'
 
 EXPERIMENT = Experiment(
   question=(
@@ -19,8 +17,8 @@ EXPERIMENT = Experiment(
   ),
   base='configs/study.py',
   models={
-    f'{MODELS}/teacher': 'configs/study_sft.py:model=teacher',
-    f'{MODELS}/student_{{seed}}': 'configs/study_sft.py:model=student,seed={seed}',
+    'teacher': 'configs/study_sft.py:model=teacher',
+    'student': 'configs/study_sft.py:model=student,seed={seed}',
   },
   arms={
     'opd': Arm('method=opd'),

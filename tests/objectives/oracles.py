@@ -342,34 +342,42 @@ def of_regimes(lp, mask, regime, k, reduction, beta_light=0.6, beta_weak=0.3):
   ]
 
 
+def bars(values, mask, trim, scope):
+  """[B, N]: the trimmed mean that a token is held against."""
+  rows = [mask[b : b + 1] if scope == 'sequence' else mask for b in range(len(mask))]
+  taken = [values[b : b + 1] if scope == 'sequence' else values for b in range(len(mask))]
+  each = [trimmed_mean(v[m], trim) for v, m in zip(taken, rows)]
+  return np.repeat(np.array(each)[:, None], mask.shape[1], 1)
+
+
 @method
-def dopd_distributional(lp, tokens, mask, k=128, trim=0.05, reduction='sequence'):
+def dopd_distributional(lp, tokens, mask, k=128, trim=0.05, reduction='sequence', scope='batch'):
   del tokens
   entropy = {name: -(np.exp(lp[name]) * lp[name]).sum(-1) for name in ('Sp', 'Tp')}
   gap = np.array([[js(np.exp(a), np.exp(b)) for a, b in zip(*x)] for x in zip(lp['Sp'], lp['Tp'])])
   confidence = -(entropy['Sp'] + entropy['Tp'])
-  A, C = (trimmed_mean(x[mask], trim) for x in (gap, confidence))
+  A, C = (bars(x, mask, trim, scope) for x in (gap, confidence))
   regime = np.full(mask.shape, -1)
   for i in zip(*np.nonzero(mask)):
-    if gap[i] < A:
-      regime[i] = 0 if confidence[i] >= C else 1
+    if gap[i] < A[i]:
+      regime[i] = 0 if confidence[i] >= C[i] else 1
     else:
       regime[i] = 2 if entropy['Tp'][i] <= entropy['Sp'][i] else 3
   return of_regimes(lp, mask, regime, k, reduction)
 
 
 @method
-def dopd_signed(lp, tokens, mask, k=128, trim=0.05, reduction='sequence'):
+def dopd_signed(lp, tokens, mask, k=128, trim=0.05, reduction='sequence', scope='batch'):
   s, t = at(lp['Sp'], tokens), at(lp['Tp'], tokens)
   A = {
-    ahead: trimmed_mean(np.abs(t - s)[mask & ((t >= s) == ahead)], trim) for ahead in (True, False)
+    ahead: bars(np.abs(t - s), mask & ((t >= s) == ahead), trim, scope) for ahead in (True, False)
   }
-  C = trimmed_mean((np.exp(s) + np.exp(t))[mask], trim)
+  C = bars(np.exp(s) + np.exp(t), mask, trim, scope)
   regime = np.full(mask.shape, -1)
   for i in zip(*np.nonzero(mask)):
     ahead = t[i] >= s[i]
-    if abs(t[i] - s[i]) < A[ahead]:
-      regime[i] = 0 if np.exp(s[i]) + np.exp(t[i]) >= C else 1
+    if abs(t[i] - s[i]) < A[ahead][i]:
+      regime[i] = 0 if np.exp(s[i]) + np.exp(t[i]) >= C[i] else 1
     else:
       regime[i] = 2 if ahead else 3
   return of_regimes(lp, mask, regime, k, reduction)
@@ -377,7 +385,7 @@ def dopd_signed(lp, tokens, mask, k=128, trim=0.05, reduction='sequence'):
 
 @method
 def hint_routing(lp, tokens, mask, signal='student', levels=2, mixture=0.5, weight=0.5, trim=0.05,
-                 reduction='sequence'):  # fmt: skip
+                 reduction='sequence', scope='batch'):  # fmt: skip
   del tokens
   if signal == 'none':
     trust = np.full(mask.shape, mixture)
@@ -386,8 +394,7 @@ def hint_routing(lp, tokens, mask, signal='student', levels=2, mixture=0.5, weig
     told = np.zeros(mask.shape)
     for i in zip(*np.nonzero(mask)):
       told[i] = js(np.exp(lp[hinted][i]), np.exp(lp[plain][i]))
-    bar = trimmed_mean(told[mask], trim)
-    exact = 1 / (1 + told / bar)
+    exact = 1 / (1 + told / np.maximum(bars(told, mask, trim, scope), 1e-300))
     trust = np.vectorize(lambda w: round_half_up(w * (levels - 1)) / (levels - 1))(exact)
   weights = coefficients(mask, reduction)
   return [

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dopd_jax import losses, objectives
+from dopd_jax.errors import UserError
 from dopd_jax.objectives import va_opd
 from tests.objectives import oracles
 
@@ -142,10 +143,19 @@ CASES = {
     lambda: S.Dopd(k=5), {'Sp': 'Sp', 'Tp': 'Tp'}, 'dopd', k=5, beta_light=0.6, beta_weak=0.3,
     trim=0.05, reduction='sequence',
   ),
-  'dopd_distributional': row(
-    lambda: S.DopdDistributional(k=5), {'Sp': 'Sp', 'Tp': 'Tp'}, 'dopd_distributional', k=5,
+  **{
+    f'{name}, {scope}': row(
+      lambda c=settings, s=scope: c(k=5, scope=s), {'Sp': 'Sp', 'Tp': 'Tp'}, name, k=5, scope=scope,
+    )
+    for name, settings in (
+      ('dopd_distributional', S.DopdDistributional), ('dopd_signed', S.DopdSigned)
+    )
+    for scope in ('batch', 'sequence')
+  },
+  'hint_routing, by sequence': row(
+    lambda: S.HintRouting(scope='sequence', levels=3),
+    {view: view for view in ('Sp', 'S', 'T', 'Tp')}, 'hint_routing', scope='sequence', levels=3,
   ),
-  'dopd_signed': row(lambda: S.DopdSigned(k=5), {'Sp': 'Sp', 'Tp': 'Tp'}, 'dopd_signed', k=5),
   **{
     f'hint_routing, {signal}, {levels}': row(
       lambda s=signal, n=levels, d=divergence: S.HintRouting(
@@ -220,6 +230,21 @@ FULL = lambda divergence: S.Opd(divergence=divergence, region='full', reduction=
 def test_limits(a, b):
   """Where a method's knob is turned off, it is a simpler one."""
   same(a, b)
+
+
+@pytest.mark.parametrize(
+  'changes, sentence',
+  [
+    ({'levels': 1}, 'objective.levels must be 2 to 101, not 1'),
+    ({'signal': 'both'}, "objective.signal must be one of student, teacher, none, not 'both'"),
+    ({'trim': 1.0}, r'objective.trim must be in \[0, 1\), not 1.0'),
+    ({'mixture': 1.5}, r'objective.mixture must be in \[0, 1\], not 1.5'),
+    ({'scope': 'row'}, 'objective.scope must be one of batch, sequence'),
+  ],
+)
+def test_hint_routing_refuses(changes, sentence):
+  with pytest.raises(UserError, match=sentence):
+    S.HintRouting(**changes).build()
 
 
 def test_dopd_with_an_empty_hint():
