@@ -358,7 +358,10 @@ def test_collectives_of_loops_count_by_their_passes():
 
 
 def test_a_loop_whose_bound_is_carried_and_one_operation_in_many_fusions():
-  """As a TPU's text has them: no trip counts, and one channel started and finished apart."""
+  """As a TPU's text has them: no trip counts, and one channel started and finished apart.
+
+  What it runs beside may be a loop, whose fusions then hold it as well.
+  """
   program = Program(
     """HloModule m
 %cond (p: (s32[], s32[], bf16[8,4])) -> pred[] {
@@ -375,10 +378,20 @@ def test_a_loop_whose_bound_is_carried_and_one_operation_in_many_fusions():
   %q.1 = bf16[1,4]{1,0} parameter(0)
   ROOT %all-gather.2 = bf16[8,4]{1,0} all-gather(%q.1), channel_id=7, dimensions={0}
 }
+%step (q.2: bf16[1,4]) -> bf16[8,4] {
+  %q.2 = bf16[1,4]{1,0} parameter(0)
+  ROOT %all-gather.3 = bf16[8,4]{1,0} all-gather(%q.2), channel_id=7, dimensions={0}
+}
+%inner (c: bf16[1,4]) -> bf16[1,4] {
+  %c = bf16[1,4]{1,0} parameter(0)
+  %s = bf16[8,4]{1,0} fusion(%c), kind=kCustom, calls=%step
+  ROOT %d = bf16[1,4]{1,0} slice(%s)
+}
 %body (b: (s32[], s32[], bf16[8,4])) -> (s32[], s32[], bf16[8,4]) {
   %b = (s32[], s32[], bf16[8,4]{1,0}) parameter(0)
   %x = bf16[1,4]{1,0} slice(%b)
   %f = bf16[8,4]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %v = bf16[1,4]{1,0} while(%x), condition=%cond, body=%inner, known_trip_count{"n":"24"}
   %g = bf16[8,4]{1,0} fusion(%x), kind=kCustom, calls=%done
   ROOT %t = (s32[], s32[], bf16[8,4]{1,0}) tuple(%b, %f, %g)
 }

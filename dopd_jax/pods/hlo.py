@@ -88,7 +88,10 @@ class Program:
             self._callers.setdefault(callee, []).append((here, name))
 
   def collectives(self) -> list[Collective]:
-    """Every collective once, though a TPU's program may start and finish it in many fusions."""
+    """Every collective once, though a TPU's program may start and finish it in many fusions.
+
+    Some of these may be in a loop that it runs beside: it runs as often as its start does.
+    """
     found: dict[str, Collective] = {}
     for where, name, i in self._instructions():
       kind = i.kind.removesuffix('-start')
@@ -101,7 +104,8 @@ class Program:
       channel = re.search(r'channel_id=(\d+)', i.rest)
       made = Collective(kind, arrays, self._times(where), _source(i), *self._branch(where))
       key = channel[1] if channel else f'{where}/{name}'
-      if key not in found or made.bytes > found[key].bytes:
+      rank = lambda c: (-c.times, c.bytes)
+      if key not in found or rank(made) > rank(found[key]):
         found[key] = made
     return sorted(found.values(), key=lambda c: -c.bytes)
 
