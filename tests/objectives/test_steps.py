@@ -131,7 +131,9 @@ def test_every_method_moves_the_student_elsewhere():
   """Two SGD updates of each from the same state: finite, and no two the same."""
   moves = {}
   for name in METHODS:
-    *_, new, _, updated = run(settings_of(name), optax.sgd(0.1))
+    # Over the whole batch one threshold and two happen to part these few tokens alike.
+    changes = {'scope': 'sequence'} if name in ('dopd', 'dopd_signed') else {}
+    *_, new, _, updated = run(settings_of(name, **changes), optax.sgd(0.1))
     assert updated.ok, name
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(new.params)])
     assert np.isfinite(flat).all()
