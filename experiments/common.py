@@ -1,6 +1,7 @@
-"""What the commands of experiments share: which code made a result, and a bar of slow items."""
+"""What the commands of experiments share: which code made a result, how they end, a bar."""
 
 import contextlib
+import signal
 import subprocess
 
 from rich import progress
@@ -19,6 +20,15 @@ def commit() -> str:
     )
     return told.stdout.strip()
   return ''
+
+
+def end_by_interrupt() -> None:
+  """Makes SIGTERM what Ctrl-C is, so that runs save their state before the command ends."""
+
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  signal.signal(signal.SIGTERM, interrupt)
 
 
 def bar(console: Console) -> progress.Progress:

@@ -28,6 +28,11 @@ def wanted(experiment: Experiment) -> dict[pathlib.Path, Run]:
   return found
 
 
+def in_processes(jobs: int) -> Callable[[pathlib.Path], workers.Execute]:
+  """Given a folder, trains `jobs` runs at a time there."""
+  return lambda folder: workers.in_processes(jobs, folder, folder / 'runs', common.commit())
+
+
 def prepare(
   experiment: Experiment,
   execute: Callable[[pathlib.Path], workers.Execute],
@@ -38,7 +43,7 @@ def prepare(
 
   Args:
     experiment: which models, and of which seeds.
-    execute: given the folder, trains runs there.
+    execute: given the folder, trains runs there, as `in_processes` does.
     console: where a bar is shown.
     folder: where models, results and workdirs lie.
 

@@ -17,7 +17,6 @@ of code that no config shows, delete the files and the workdirs to run anew.
 """
 
 import pathlib
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -109,17 +108,11 @@ def main() -> None:
   runs = pathlib.Path(FLAGS.runs) if FLAGS.runs else runs
   console = Console()
   if not FLAGS.report_only:
-
-    def interrupt(*_):
-      raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    commit = common.commit()
-    in_processes = lambda out: workers.in_processes(FLAGS.jobs, out, out / 'runs', commit)
+    common.end_by_interrupt()
     try:
       if not FLAGS.smoke:
-        models.prepare(experiment, in_processes, console)
-      execute = workers.in_processes(FLAGS.jobs, kept, runs, commit)
+        models.prepare(experiment, models.in_processes(FLAGS.jobs), console)
+      execute = workers.in_processes(FLAGS.jobs, kept, runs, common.commit())
       walk(experiment, arms, kept, execute, console, FLAGS.smoke)
     except KeyboardInterrupt:
       console.print('Stopped; the same command goes on from here.')

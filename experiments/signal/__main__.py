@@ -29,7 +29,7 @@ from dopd_jax.losses import rules
 from dopd_jax.objectives import Compare, Objective, View, hint_routing
 from dopd_jax.objectives.grammar import Routed, Seen, all_tokens
 from dopd_jax.tasks import plan_execute
-from experiments import common, grid, models, workers
+from experiments import common, grid, models
 from experiments.results import Estimate, estimate
 
 FLAGS = flags.FLAGS
@@ -82,7 +82,7 @@ def measure(config: Config) -> dict[str, Any]:
   config = dataclasses.replace(
     config, data=dataclasses.replace(config.data, train=config.data.eval)
   )
-  mesh = sharding.make_mesh(1, -1, 1)
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])  # tiny models
   with jax.set_mesh(mesh):
     pair = policies.load_pair(config, mesh, {'teacher'})
     examples, _ = diagnose.read_examples(config, pair)
@@ -181,9 +181,8 @@ def main() -> None:
   console, file = Console(), HERE / 'results.json'
   experiment = grid.load('text')
   if not FLAGS.report_only:
-    commit = common.commit()
-    in_processes = lambda out: workers.in_processes(FLAGS.jobs, out, out / 'runs', commit)
-    models.prepare(experiment, in_processes, console)
+    common.end_by_interrupt()
+    models.prepare(experiment, models.in_processes(FLAGS.jobs), console)
     get_config = grid.module(grid.ROOT / experiment.base).get_config
     words = f'method=hint_routing,split=train,size={FLAGS.records},seed='
     found = []
