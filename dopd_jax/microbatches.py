@@ -25,20 +25,24 @@ def count_rows(tree: Any) -> int:
   return jax.tree.leaves(tree)[0].shape[0]
 
 
-def deal(tree: Any, n: int) -> Any:
-  """[B, ...] -> [n, B/n, ...]: row r goes to micro-batch r mod n."""
-  return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), tree)
+def part(tree: Any, n: int, m: Int[Array, '']) -> Any:
+  """[B, ...] -> [B/n, ...]: micro-batch m of n, which has the rows r with r mod n = m."""
+  return jax.tree.map(lambda x: lax.dynamic_index_in_dim(_dealt(x, n), m, 1, keepdims=False), tree)
 
 
 def gather(tree: Any, n: int) -> Any:
-  """The inverse of `deal`."""
+  """[n, B/n, ...] -> [B, ...]: the rows of all parts in their old order."""
   return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(n * x.shape[1], *x.shape[2:]), tree)
 
 
 def over_micro_batches(fn: Callable, batch: Any, microbatch: int) -> Any:
   """`fn` over micro-batches of at most `microbatch` rows, one after the other."""
   n = micro_batches(count_rows(batch), microbatch)
-  return gather(lax.map(fn, deal(batch, n)), n)
+
+  def write(x, new, m):
+    return lax.dynamic_update_index_in_dim(_dealt(x, n), new, m, 1).reshape(x.shape)
+
+  return _one_by_one(fn, n, n * (count_rows(batch) // n), lambda m: part(batch, n, m), write)
 
 
 def over_rows_by_length(fn: Callable, batch: Any, length: Int[Array, 'B'], microbatch: int) -> Any:
@@ -51,22 +55,37 @@ def over_rows_by_length(fn: Callable, batch: Any, length: Int[Array, 'B'], micro
   if n == 1 or B % shards or b % n:
     return over_micro_batches(fn, batch, microbatch)
   by_length = jnp.argsort(length.reshape(shards, b), axis=1, stable=True)
-  # Where `deal` looks for the rows of a micro-batch: at every n-th place.
-  order = by_length.reshape(shards, n, b // n).swapaxes(1, 2).reshape(shards, b)
-  found = over_micro_batches(fn, _take(batch, order), microbatch)
-  return _take(found, jnp.argsort(order, axis=1))
+  mine = by_length.reshape(shards, n, b // n)
+  of_device = lambda x: sharding.constrain_rows(x.reshape(shards, -1, *x.shape[1:]))
+  flat = lambda x: sharding.constrain_rows(x.reshape(-1, *x.shape[2:]))
+
+  def read(m):
+    take = jax.vmap(lambda x, rows: x[rows])
+    return jax.tree.map(lambda x: flat(take(of_device(x), mine[:, m])), batch)
+
+  def write(x, new, m):
+    put = jax.vmap(lambda x, rows, new: x.at[rows].set(new, unique_indices=True))
+    return flat(put(of_device(x), mine[:, m], of_device(new)))
+
+  return _one_by_one(fn, n, B, read, write)
 
 
-def _take(tree: Any, order: Int[Array, 'S b']) -> Any:
-  """Rows [S * b, ...] in a new order within each of S shards."""
-  keep = sharding.constrain_rows
+def _dealt(x: Array, n: int) -> Array:
+  return x.reshape(x.shape[0] // n, n, *x.shape[1:])
 
-  def one(x):
-    index = order.reshape(*order.shape, *(1 for _ in x.shape[1:]))
-    apart = keep(x.reshape(*order.shape, *x.shape[1:]))
-    return keep(jnp.take_along_axis(apart, index, axis=1).reshape(x.shape))
 
-  return jax.tree.map(one, tree)
+def _one_by_one(fn: Callable, n: int, B: int, read: Callable, write: Callable) -> Any:
+  """Results [B, ...] of `fn` on n parts; hidden states are large, so they are written in place.
+
+  `read(m)` is a part, and `write(whole, new, m)` puts its results in their rows.
+  """
+  one = jax.eval_shape(lambda: fn(read(0)))
+  empty = lambda x: sharding.constrain_rows(jnp.zeros((B, *x.shape[1:]), x.dtype))
+
+  def step(m, whole):
+    return jax.tree.map(lambda x, new: write(x, new, m), whole, fn(read(m)))
+
+  return lax.fori_loop(0, n, step, jax.tree.map(empty, one))
 
 
 def widths(T: int) -> tuple[int, ...]:

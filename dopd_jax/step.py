@@ -28,10 +28,10 @@ from dopd_jax.losses.head import Part, Rows, Setting, TokenView
 from dopd_jax.microbatches import (
   at_width,
   count_rows,
-  deal,
   gather,
   over_micro_batches,
   over_rows_by_length,
+  part,
 )
 from dopd_jax.models import Model
 from dopd_jax.objectives import Objective, Plan, Seen, Signals, View, make_plan
@@ -157,7 +157,7 @@ def make_steps(
     assert model.see is not None, 'images are for a model that sees'
     b, see = count_rows(images), functools.partial(model.see, params)
     passes = math.gcd(micro_batches(rows, microbatch), b)
-    features = gather(lax.map(see, deal(images, passes)), passes)
+    features = gather(lax.map(lambda m: see(part(images, passes, m)), jnp.arange(passes)), passes)
     return jax.tree.map(lambda x: jnp.repeat(x, rows // b, axis=0), features)
 
   def trunk(model: Model, params: Any, prompt: Prompt, tokens, mask, features, width=None):
@@ -321,9 +321,9 @@ def make_steps(
     head, head_vjp = jax.vjp(student.head, state.params)
     features, see_vjp = jax.vjp(see, state.params)
 
-    def micro(carry, x):
+    def micro(carry, m):
       grads, d_head, total = carry
-      (prompt, tokens, mask), (source_hidden, mine, for_head), features = x
+      (prompt, tokens, mask), (source_hidden, mine, for_head), features = read(m)
       forward = lambda p, features: trunk(student, p, prompt, tokens, mask, features)
       hidden, trunk_vjp = jax.vjp(forward, state.params, features)
       sources = sources_of(source_hidden, tables, mine)
@@ -335,11 +335,11 @@ def make_steps(
       return (grads, d_head, total + loss), (seen, norm, d_features)
 
     n = micro_batches(count_rows(rows), microbatch)
-    dealt = deal((*rows, features), n)
-    source_hidden, mine, for_head = jax.tree.map(lambda x: x[0], dealt[1])
+    read = lambda m: part((*rows, features), n, m)
+    _, (source_hidden, mine, for_head), _ = jax.eval_shape(read, 0)
     d_head = heads.zeros(head, sources_of(source_hidden, tables, mine), for_head.live)
     start = (jax.tree.map(jnp.zeros_like, state.params), d_head, jnp.float32(0.0))
-    (grads, d_head, loss), seen = lax.scan(micro, start, dealt)
+    (grads, d_head, loss), seen = lax.scan(micro, start, jnp.arange(n))
     token, head_grad, d_features = gather(seen, n)
     for more in (head_vjp(heads.total(d_head, head))[0], see_vjp(d_features)[0]):
       grads = jax.tree.map(jnp.add, grads, more)
@@ -362,13 +362,12 @@ def make_steps(
     else:
       # Each share of the rows stands for the whole batch, so its coefficients grow n-fold.
       plan = scored.plan._replace(coef=n * scored.plan.coef)
-      shares = deal(rows_of(batch, scored._replace(plan=plan)), n)
+      rows = rows_of(batch, scored._replace(plan=plan))
 
-      def share(state, x):
-        mine = lambda p: jax.tree.map(lambda f: f[x[0]], deal(see(p), n))
-        return update_once(state, x[1], tables, mine)
+      def share(state, m):
+        return update_once(state, part(rows, n, m), tables, lambda p: part(see(p), n, m))
 
-      new, each = lax.scan(share, state, (jnp.arange(n), shares))
+      new, each = lax.scan(share, state, jnp.arange(n))
       whole = gather((each.row_finite, each.token, each.head_grad), n)
       loss, grad_norm = jnp.mean(each.loss), jnp.mean(each.grad_norm)
       updated = Updated(loss, grad_norm, whole[0], jnp.all(each.ok), *whole[1:])
