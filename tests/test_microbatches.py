@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dopd_jax import microbatches, sharding
-from dopd_jax.microbatches import at_width, over_rows_by_length, widths
+from dopd_jax.microbatches import at_width, over_micro_batches, over_rows_by_length, widths
 from tests import test_step
 
 
@@ -61,6 +61,21 @@ def test_sorting_moves_nothing_between_devices():
     program = jax.jit(run).lower(x, length).compile().as_text()
   moved = re.findall(r'= (\S+) (?:all-\w+|collective-\w+|reduce-scatter)\(', program)
   assert moved and all(shape.startswith('s32[]') for shape in moved), moved
+
+
+def test_results_are_written_in_their_rows():
+  """Hidden states of a batch are the largest thing that score makes: there is room for them once."""
+  mesh = sharding.make_mesh(4, 2, 1)
+  put = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows(mesh))
+  large = lambda x: jnp.broadcast_to(x[0][..., None], (*x[0].shape, 256)) * jnp.max(x[1])
+  by_length = lambda x, n: over_rows_by_length(large, (x, n), n, 16)
+  as_dealt = lambda x, n: over_micro_batches(large, (x, n), 16)
+  for run in (by_length, as_dealt):
+    with jax.set_mesh(mesh):
+      memory = jax.jit(run).lower(put(128, 64), put(128)).compile().memory_analysis()
+    results = 128 * 64 * 256 * 4 // 8
+    assert memory.output_size_in_bytes == results
+    assert memory.temp_size_in_bytes < results / 4  # one micro-batch is an eighth
 
 
 def test_widths_and_order_change_no_signal(monkeypatch):
