@@ -8,6 +8,7 @@ value of the wrong type or out of its range is a `UserError` that says what to w
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,6 +65,7 @@ class Data:
   train: str = ''
   stages: tuple = ()  # ((source, steps), ...), a curriculum instead of `train`
   eval: str = ''  # held-out records with a verifier; '' for none
+  evals: tuple = ()  # (('math', source), ...): more of them, told as eval/accuracy/math
   columns: tuple = ()  # (('prompt', 'question'), ...): our column, theirs
   privileged: str = 'column'  # or 'none': both policies see an empty context
   privileged_kind: str = 'column'  # or made of boxes, labels, caption, answer: `data.KINDS`
@@ -127,7 +129,7 @@ class Evaluation:
   """Accuracy on held-out prompts, without the hint."""
 
   every: int = 0  # steps; 0 is never but at the start and the end
-  records: int = 0  # of data.eval; 0 is all
+  records: int = 0  # of each held-out set; 0 is all
   temperature: float = 0.0
   teacher: bool = True  # measure the teacher once, at the start
   stop_at: float = 0.0  # a run ends at the first look, after its start, of this accuracy; 0: never
@@ -412,6 +414,13 @@ def _check(c: Config) -> None:
         raise UserError(f'{kind}.split_over may name fsdp and tensor, not {axis!r}')
   if c.checkpoint.best and not glossary.metric(c.checkpoint.best).meaning:
     raise UserError(unknown('metric in checkpoint.best', c.checkpoint.best, glossary.METRICS))
+  if not all(_is_pair(x, str, str) and re.fullmatch(r'\w[\w.-]*', x[0]) for x in c.data.evals):
+    raise UserError(
+      'data.evals must be pairs of a name (letters, digits, ., _ and -) and a source: '
+      "(('math', 'a.jsonl'), ...)"
+    )
+  if len(dict(c.data.evals)) < len(c.data.evals):
+    raise UserError('data.evals must give every set a name of its own')
   if bool(c.data.train) == bool(c.data.stages):
     raise UserError('set either data.train (one source) or data.stages (a curriculum)')
 

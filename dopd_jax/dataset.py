@@ -25,6 +25,7 @@ from dopd_jax.objectives import Objective
 from dopd_jax.policies import Pair
 
 LOADERS = {'task': tasks.load}
+HeldOut = Mapping[str, Sequence[Example]]  # '' is that of data.eval
 
 
 def renderer(config: Config, pair: Pair) -> Renderer:
@@ -83,10 +84,11 @@ def open_pipeline(config: Config, pair: Pair, objective: Objective) -> Pipeline:
   return pipeline
 
 
-def digests(config: Config, pipeline: Pipeline, held_out: Sequence[Example]) -> dict[str, str]:
+def digests(config: Config, pipeline: Pipeline, held_out: HeldOut) -> dict[str, str]:
   """A hash of all that the records of each setting say, for `check_same`."""
   train = 'data.stages' if config.data.stages else 'data.train'
-  return {train: _digest(pipeline.examples()), 'data.eval': _digest(held_out)}
+  sets = {_setting(name): _digest(examples) for name, examples in held_out.items()}
+  return {train: _digest(pipeline.examples()), **sets}
 
 
 def check_same(before: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -150,14 +152,26 @@ def check_verifiers(records: Sequence[Record]) -> None:
       raise UserError(f'record {record.id}: the verifier exact needs an answer; add this column')
 
 
-def open_held_out(config: Config, pair: Pair) -> list[Example]:
-  """The examples of `data.eval`; raises `UserError` if a record names no verifier."""
+def open_held_out(config: Config, pair: Pair) -> HeldOut:
+  """The examples of `data.eval`, under '', and of `data.evals` by name.
+
+  Raises: UserError if a record names no verifier.
+  """
+  sources = {'': config.data.eval, **dict(config.data.evals)}
+  return {name: _held_out(config, pair, name, source) for name, source in sources.items()}
+
+
+def _setting(name: str) -> str:
+  return f'data.evals.{name}' if name else 'data.eval'
+
+
+def _held_out(config: Config, pair: Pair, name: str, source: str) -> list[Example]:
   data = config.data
-  if not data.eval:
+  if not source:
     return []
   examples = tokenise(
     open_source(
-      data.eval,
+      source,
       privileged='none',
       columns=dict(data.columns),
       loaders=LOADERS,
@@ -166,12 +180,12 @@ def open_held_out(config: Config, pair: Pair) -> list[Example]:
     renderer(config, pair),
     max_prompt_tokens=data.max_prompt_tokens,
     on_too_long=data.on_too_long,
-    name=data.eval,
+    name=source,
   ).examples
   for example in examples:
     if not example.record.verifier:
       raise UserError(
-        f'record {example.record.id} of data.eval names no verifier: accuracy needs one'
+        f'record {example.record.id} of {_setting(name)} names no verifier: accuracy needs one'
       )
   check_verifiers([example.record for example in examples])
   return examples[: config.evaluation.records or None]

@@ -114,16 +114,17 @@ class Judge:
   seed: int = 0
 
   def accuracy(
-    self, name: str, generate: Any, params: Any, progress: Progress
+    self, name: str, generate: Any, params: Any, progress: Progress, part: str = ''
   ) -> tuple[dict[str, float], np.ndarray]:
     """`{name}`, `{name}_low`, `{name}_high` (95 % Wilson), and seconds; {} for no data.
 
-    With them what the verifier says of each record, [n].
+    Of one `part` of several, '/part' stands behind each name. With them what the verifier says of each record, [n].
     """
     if not self.examples:
       return {}, np.zeros(0)
     start, found = time.monotonic(), []
-    task = progress.add_task(name, total=len(self.examples), rate='')
+    part = f'/{part}' if part else ''
+    task = progress.add_task(f'{name}{part}', total=len(self.examples), rate='')
     key = jax.random.key(self.seed)
     for i in range(0, len(self.examples), self.rows):
       chunk = self.examples[i : i + self.rows]
@@ -142,10 +143,10 @@ class Judge:
     low, high = report.wilson_interval(round(right), n)
     seconds = time.monotonic() - start
     values = {
-      name: right / n,
-      f'{name}_low': low,
-      f'{name}_high': high,
-      f'time/{name.split("/")[-1]}_seconds': seconds,
+      f'{name}{part}': right / n,
+      f'{name}_low{part}': low,
+      f'{name}_high{part}': high,
+      f'time/{name.split("/")[-1]}_seconds{part}': seconds,
     }
     return values, judged
 

@@ -184,5 +184,7 @@ def metric(name: str) -> Metric:
   if name in METRICS:
     return METRICS[name]
   family, _, last = name.rpartition('/')
+  if family in METRICS:  # of one part: eval/accuracy/math
+    return METRICS[family]._replace(label=f'{METRICS[family].label}: {last}')
   known = METRICS.get(f'{family}/<regime>', Metric(name, '', ''))
   return known._replace(label=known.label.replace('<regime>', last))

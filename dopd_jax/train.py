@@ -211,32 +211,40 @@ def compile_steps(config: Config, pair: Pair, objective: Objective, tx: Any, sta
 
 
 def make_judge(
-  config: Config, pair: Pair, held_out: Sequence[Example], mesh: Any, workdir: str
+  config: Config, pair: Pair, held_out: dataset.HeldOut, mesh: Mesh, workdir: str
 ) -> Any:
   """(step, params, progress, given) -> accuracies; the teacher's where `given` has one to itself.
 
-  What the student has right goes to a file of the workdir, so that runs can be compared by record.
+  What the student has right on `data.eval` goes to a file of the workdir, so that runs can be
+  compared by record.
   """
   sampling = Sampling(
     max_new_tokens=config.rollout.max_new_tokens, temperature=config.evaluation.temperature
   )
-  rows = evaluation.rows_at_once(
-    min(len(held_out) or 1, config.rollout.prompts * config.rollout.samples), mesh
-  )
-  judge = evaluation.Judge(held_out, pair, mesh, rows, config.data.prompt_bucket, config.seed)
+
+  def make(examples: Sequence[Example]) -> evaluation.Judge:
+    wanted = min(len(examples) or 1, config.rollout.prompts * config.rollout.samples)
+    rows = evaluation.rows_at_once(wanted, mesh)
+    return evaluation.Judge(examples, pair, mesh, rows, config.data.prompt_bucket, config.seed)
+
+  judges = {name: make(examples) for name, examples in held_out.items()}
   gather = config.rollout.gather_weights
   one = lambda model: evaluation.make_generate(model, sampling, pair, gather)
   student = one(pair.student.model)
 
   def look(step, params, progress, given=None):
-    values, judged = judge.accuracy('eval/accuracy', student, params, progress)
-    if held_out:
-      workdirs.write_judged(workdir, step, [e.record.id for e in held_out], judged)
+    values = {}
+    for name, judge in judges.items():
+      found, judged = judge.accuracy('eval/accuracy', student, params, progress, name)
+      values |= found
+      if found and not name:
+        workdirs.write_judged(workdir, step, [e.record.id for e in judge.examples], judged)
     teachers_of_run = (given or {}).get('teacher', {})
-    if held_out and config.evaluation.teacher and '' in teachers_of_run:
+    if values and config.evaluation.teacher and '' in teachers_of_run:
       teacher = teachers_of_run['']  # one that is parked comes onto the devices
       generate = one(pair.models['teacher'][''])
-      values |= judge.accuracy('eval/teacher_accuracy', generate, teacher, progress)[0]
+      for name, judge in judges.items():
+        values |= judge.accuracy('eval/teacher_accuracy', generate, teacher, progress, name)[0]
     return values
 
   return look

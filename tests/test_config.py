@@ -117,6 +117,8 @@ def valid():
     ({'optimizer.warmup_steps': 200}, 'must be below steps'),
     ({'data.columns': ('prompt', 'question')}, 'must be pairs of names'),
     ({'data.train': '', 'data.stages': (('a.jsonl', '5'),)}, 'pairs of a source and steps'),
+    ({'data.evals': (('a b', 'x.jsonl'),)}, 'data.evals must be pairs of a name'),
+    ({'data.evals': (('a', 'x.jsonl'), ('a', 'y.jsonl'))}, 'a name of its own'),
     ({'rollout.prompts_at_once': -1}, 'at least 0'),
     ({'checkpoint.best': 'eval/acuracy'}, "did you mean 'eval/accuracy'"),
     ({'data.privileged': 'some'}, 'data.privileged must be one of'),

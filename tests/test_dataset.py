@@ -22,7 +22,7 @@ def example(digest='', ids=(1, 2), **changes):
 
 def digests(train, held_out=()):
   config = configs.validate(pairs.config())
-  return dataset.digests(config, SimpleNamespace(examples=lambda: iter(train)), held_out)
+  return dataset.digests(config, SimpleNamespace(examples=lambda: iter(train)), {'': held_out})
 
 
 @pytest.mark.parametrize(

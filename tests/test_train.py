@@ -73,6 +73,22 @@ def test_what_is_right_is_kept_by_record(finished):
     assert math.isclose(sum(rewards.values()) / 8, accuracy)
 
 
+def test_more_held_out_sets_are_told_by_name(tmp_path):
+  cfg = pairs.config('opd', steps=1)
+  task = 'task:plan_execute?steps=2&definitions=4&modulus=7&size=6&split=test'
+  cfg.data.evals = (('same', cfg.data.eval), ('minus', f'{task}&seed=5&ops=-'))
+  train.train(configs.validate(cfg), str(tmp_path))
+  for row in rows(tmp_path):
+    assert row['eval/accuracy/same'] == row['eval/accuracy']
+    assert row['eval/accuracy_high/same'] == row['eval/accuracy_high']
+    assert row['eval/accuracy/minus'] * 6 == pytest.approx(round(row['eval/accuracy/minus'] * 6))
+  assert {'eval/teacher_accuracy/same', 'eval/teacher_accuracy_low/minus'} <= set(rows(tmp_path)[0])
+  assert glossary.metric('eval/accuracy/minus').label == 'Accuracy, held out: minus'
+  assert glossary.metric('eval/accuracy_low/minus').unit == 'share'
+  run = json.loads((tmp_path / 'checkpoints' / '00000001' / 'run.json').read_text())
+  assert {'data.eval', 'data.evals.same', 'data.evals.minus'} <= set(run['records'])
+
+
 def test_metrics_have_a_meaning(finished):
   """Every number that a run writes is explained in one place."""
   for row in rows(finished):
