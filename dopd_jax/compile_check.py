@@ -270,21 +270,27 @@ def search(
   most: int,
   wanted: Collection[str] = PROGRAMS,
 ) -> dict[str, Any]:
-  """Checks, and changes one setting after the other until the run fits; `most` changes at most."""
-  asked = config
+  """Checks, and changes one setting after the other until the run fits; `most` changes at most.
+
+  What fitted is not compiled anew by a change until everything else fits too.
+  """
+  asked, wanted = config, set(wanted)
   config = proposals.fitting_mesh(config, config.objective.build(), len(topology.devices))
   changes: dict[str, Any] = {}
   known: dict[str, Any] = {}
-  todo = set(wanted)
+  todo, stale = wanted, set()
   if config != asked:
     changes = {'mesh.fsdp': config.mesh.fsdp, 'mesh.tensor': config.mesh.tensor}
   while True:
     report = check(config, topology, console.print, todo) | {'changes': changes}
     known |= report['programs']
-    report['programs'] = {name: known[name] for name in PROGRAMS if name in known}
+    report['programs'] = {n: known[n] for n in PROGRAMS if n in known and n not in stale}
     report['fits'] = all(program['fits'] for program in known.values())
     table.show(report, console)
     proposal = proposals.smallest_change(config, report)
+    if proposal is None and stale:
+      todo, stale = stale, set()
+      continue
     if proposal is None:
       settings = ' '.join(f'--config.{key}={value}' for key, value in changes.items())
       console.print(f'fits{" with " if settings else ""}{settings}', soft_wrap=True)
@@ -295,7 +301,9 @@ def search(
       return report
     config, most = configs.changed(config, proposal.settings), most - 1
     touched = (CHANGES.get(key, PROGRAMS) for key in proposal.settings)
-    todo = set(wanted) & set().union(*touched)
+    stale |= wanted & set().union(*touched)
+    todo = {name for name in stale if not known[name]['fits']} or stale
+    stale = stale - todo
     changes = changes | dict(proposal.settings)
 
 

@@ -118,7 +118,8 @@ class Judge:
   ) -> tuple[dict[str, float], np.ndarray]:
     """`{name}`, `{name}_low`, `{name}_high` (95 % Wilson), and seconds; {} for no data.
 
-    Of one `part` of several, '/part' stands behind each name. With them what the verifier says of each record, [n].
+    Of one `part` of several, '/part' stands behind each name. With them what the verifier says of
+    each record, [n].
     """
     if not self.examples:
       return {}, np.zeros(0)

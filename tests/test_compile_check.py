@@ -294,6 +294,36 @@ def test_a_search_compiles_anew_what_a_change_touches(monkeypatch):
   assert found['changes'] == {'rollout.prompts_at_once': 4, 'remat': True}
 
 
+def test_what_fits_is_compiled_last_in_a_search(monkeypatch):
+  """A micro-batch is changed for update alone; score is looked at once update fits, and again."""
+  asked = []
+
+  def check(config, topology, tell, wanted):
+    asked.append((config.microbatch, set(wanted)))
+    GIB = topologies.GIB
+    report = lacking('update', needs=int(17 * GIB), temporaries=int(10 * GIB))
+    fits = {'rollout': True, 'score': config.microbatch != 8, 'update': config.microbatch < 16}
+    program = report['programs'].pop('update')
+    report['programs'] = {name: program | {'fits': fits[name]} for name in wanted}
+    return report
+
+  monkeypatch.setattr(compile_check, 'check', check)
+  monkeypatch.setattr(compile_check.table, 'show', lambda report, console: None)
+  changes = {'microbatch': 32, 'mesh.fsdp': 1, 'rollout.prompts': 16, 'rollout.samples': 2}
+  one = configs.changed(configs.validate(pairs.config()), changes)
+  search = lambda most: compile_check.search(
+    one, topologies.find('cpu:1'), Console(quiet=True), most=most
+  )
+  found = search(4)
+  assert found['fits'] and found['changes'] == {'microbatch': 4}
+  assert list(found['programs']) == ['rollout', 'score', 'update']
+  assert asked[0] == (32, {'rollout', 'score', 'update'}) and asked[-1][0] == 4
+  assert {'score', 'update'} <= set().union(*(names for size, names in asked if size == 4))
+  assert all('score' not in names for size, names in asked if size == 16)
+  given_up = search(0)
+  assert not given_up['fits'] and given_up['changes'] == {}
+
+
 def test_a_teacher_waits_outside_where_that_is_enough():
   one = configs.changed(configs.validate(pairs.config()), {'microbatch': 4, 'mesh.fsdp': 4})
   gib = topologies.GIB

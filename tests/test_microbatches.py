@@ -64,7 +64,7 @@ def test_sorting_moves_nothing_between_devices():
 
 
 def test_results_are_written_in_their_rows():
-  """Hidden states of a batch are the largest thing that score makes: there is room for them once."""
+  """Hidden states of a batch are the largest thing that score makes: they have room once."""
   mesh = sharding.make_mesh(4, 2, 1)
   put = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows(mesh))
   large = lambda x: jnp.broadcast_to(x[0][..., None], (*x[0].shape, 256)) * jnp.max(x[1])
