@@ -23,16 +23,30 @@ def get_config(arg=''):
     rho=0.5,
     hint='steps',
     student='student',
-    size=2000,
-    split='test',
+    teacher='teacher',
+    size=0,
+    staged=False,
+    tuning=False,
   )
   c = config.default(a.method)
   c.seed = a.seed
   c.student.path = f'{PACKAGE}/student' if a.smoke else f'{MODELS}/{a.student}_{a.seed}'
-  c.teacher.path = f'{PACKAGE}/teacher' if a.smoke else f'{MODELS}/teacher'
+  c.teacher.path = f'{PACKAGE}/teacher' if a.smoke else f'{MODELS}/{a.teacher}'
   task = f'task:plan_execute?steps=2&definitions=4&modulus=7&rho={a.rho}&hint={a.hint}'
   c.data.train = f'{task}&size=20000&seed={1000 + a.seed}'
-  c.data.eval = f'{task}&size={a.size}&seed=8&split={a.split}'
+  c.data.eval = f'{task}&size={a.size or 2000}&seed=8&split=test'
+  # Out of distribution: nobody has seen three steps.
+  longer = f'task:plan_execute?steps=3&definitions=6&modulus=7&rho={a.rho}'
+  c.data.evals = (('longer', f'{longer}&size=500&seed=8&split=test'),)
+  if a.staged:  # one subject after the other, each measured at every look
+    subjects = (('plus', '+'), ('minus', '-'), ('times', '*'))
+    c.data.train = ''
+    c.data.stages = tuple(
+      (f'{task}&ops={op}&size=20000&seed={1000 + a.seed}', 50) for _, op in subjects
+    )
+    c.data.evals += tuple(
+      (name, f'{task}&ops={op}&size=1000&seed=8&split=test') for name, op in subjects
+    )
   c.data.max_prompt_tokens = 64
   c.data.prompt_bucket = 16
   c.rollout.prompts = 32
@@ -42,9 +56,14 @@ def get_config(arg=''):
   c.optimizer.warmup_steps = 10
   c.microbatch = 128
   c.steps = 150
-  c.evaluation.every = 50
+  c.evaluation.every = 15
   c.checkpoint.every = 75
   c.log.every = 10
+  if a.tuning:  # a learning rate is chosen: the test split does not take part
+    c.data.eval = f'{task}&size={a.size or 1000}&seed=77&split=train'
+    c.data.evals = ()
+    c.evaluation.every = 0
+    c.evaluation.teacher = False
   if a.smoke:
     c.steps = 2
     c.optimizer.warmup_steps = 0
@@ -52,5 +71,6 @@ def get_config(arg=''):
     c.microbatch = 16
     c.data.train = f'{task}&size=64&seed=1000'
     c.data.eval = f'{task}&size=16&seed=8&split=test'
+    c.data.evals = (('longer', f'{longer}&size=16&seed=8&split=test'),)
     c.log.every = 1
   return c

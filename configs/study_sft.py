@@ -13,6 +13,7 @@ from dopd_jax import config
 
 SIZES = {  # layers, width, heads, kv_heads, head_width, feed_forward
   'teacher': (4, 96, 4, 2, 24, 256),
+  'teacher_small': (3, 80, 4, 2, 20, 208),
   'student': (3, 64, 4, 2, 16, 160),
   'student_small': (3, 48, 4, 2, 12, 128),
   'student_large': (3, 80, 4, 2, 20, 208),
@@ -20,7 +21,7 @@ SIZES = {  # layers, width, heads, kv_heads, head_width, feed_forward
 
 
 def get_config(arg=''):
-  a = config.parse_arg(arg, smoke=False, model='teacher', seed=0, rho=0.5)
+  a = config.parse_arg(arg, smoke=False, model='teacher', seed=0, rho=0.5, hint='steps')
   c = config.default('sft')
   c.seed = a.seed
   layers, width, heads, kv_heads, head_width, feed_forward = SIZES[a.model]
@@ -35,8 +36,8 @@ def get_config(arg=''):
   }
   c.tokenizer = 'task:plan_execute'
   c.objective.privileged_share = 0.5
-  task = f'task:plan_execute?steps=2&definitions=4&modulus=7&rho={a.rho}'
-  teacher = a.model == 'teacher'
+  task = f'task:plan_execute?steps=2&definitions=4&modulus=7&rho={a.rho}&hint={a.hint}'
+  teacher = a.model.startswith('teacher')
   size, seed = (60_000, 1) if teacher else (20_000, 2000 + a.seed)
   c.data.train = f'{task}&size={size}&seed={seed}&corrupt=0.3'
   c.data.eval = f'{task}&size=500&seed=77&split=train'

@@ -46,6 +46,7 @@ class Experiment:
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for all runs
   # For the tuning runs only: another held-out set, so that the test set never chooses.
   tuning_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  tuning_arg: str = ''  # words for the base config's argument, to the same end
   metric: str = 'eval/accuracy'  # higher is better; its last value is what is compared
   contrasts: Sequence[tuple[str, str]] = ()  # (arm, reference): those that are tested
   # Name -> the supervised config that makes the model, one a seed where it names {seed}.
@@ -129,7 +130,8 @@ def make_config(
   if not path.exists():
     raise UserError(f'there is no base config {experiment.base}: name it from the repository root')
   get_config = module(path).get_config
-  words = ','.join(word for word in (experiment.arms[arm].arg, f'seed={seed}') if word)
+  tuned = experiment.tuning_arg if tuning else ''
+  words = ','.join(word for word in (experiment.arms[arm].arg, tuned, f'seed={seed}') if word)
   cfg = get_config(words)
   changes = {**experiment.changes, **experiment.arms[arm].changes}
   if tuning:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dopd_jax import config as configs
-from dopd_jax import objectives, workdirs
+from dopd_jax import workdirs
 from dopd_jax.errors import Stopped, UserError
 from experiments import draw, grid, models, results, run, tables, workers
 from experiments.grid import Arm, Experiment
@@ -163,21 +163,38 @@ def test_a_walk_tunes_then_runs_every_arm_at_its_own_rate(tmp_path):
   assert (tmp_path / 'results' / 'dopd.seed2.json').exists()
 
 
-@pytest.mark.parametrize(
-  'name', [p.parent.name for p in grid.ROOT.glob('experiments/*/experiment.py')]
-)
-def test_what_is_committed_is_what_the_command_would_run(name):
+DECLARED = {
+  p.parent.name: grid.load(p.parent.name) for p in ROOT.glob('experiments/*/experiment.py')
+}
+
+
+@pytest.mark.parametrize('pool', sorted({e.pool or name for name, e in DECLARED.items()}))
+def test_what_is_committed_is_what_the_command_would_run(pool):
   """So that it goes on where it stopped, on the code of today; and no file is of another run."""
-  experiment, out = grid.load(name), grid.ROOT / 'experiments' / name
-  tuning = grid.tuning_runs(experiment, list(experiment.arms))
-  tuned = tuning and all(run.file(out).exists() for run in tuning)
-  rates = results.rates(experiment, tuning, out) if tuned else dict.fromkeys(experiment.arms)
-  planned = [*tuning, *grid.final_runs(experiment, rates)]
+  out = ROOT / 'experiments' / pool
   kept = {p for kind in ('tuning', 'results') for p in (out / kind).glob('*.json')}
-  assert len(planned) > 10 and kept <= {run.file(out) for run in planned}
-  if (out / 'table.md').exists():  # it was run, and every number of the table has its file
-    assert kept == {run.file(out) for run in planned}
-  there = [one for one in planned if one.file(out) in kept]
+  known = {}
+  for name, experiment in DECLARED.items():
+    if (experiment.pool or name) != pool:
+      continue
+    tuning = grid.tuning_runs(experiment, list(experiment.arms))
+    tuned = {
+      arm for arm in experiment.arms if all(r.file(out).exists() for r in tuning if r.arm == arm)
+    }
+    rates = results.rates(experiment, [r for r in tuning if r.arm in tuned], out) if tuning else {}
+    planned = [
+      *tuning,
+      *grid.final_runs(experiment, {arm: rates.get(arm) for arm in experiment.arms}),
+    ]
+    files = {r.file(out): r for r in planned}
+    assert len(planned) > 10
+    if (ROOT / 'experiments' / name / 'table.md').exists():  # every number of it has its file
+      assert files.keys() <= kept
+    for file, one in files.items():  # arms of one name are one run
+      assert file not in known or known[file].config == one.config
+    known |= files
+  assert kept <= known.keys()
+  there = [known[file] for file in sorted(kept)]
   assert all(results.done(one, out) for one in there)
   for one in there[:1]:
     other = dataclasses.replace(one.config, steps=7)
@@ -332,18 +349,16 @@ def test_a_wrong_change_is_told_before_anything_runs(tmp_path, changes, words):
   assert trainer.ran == []
 
 
-def test_every_declared_experiment_is_valid_and_no_tuning_sees_its_test_set():
-  for path in (ROOT / 'experiments').glob('*/experiment.py'):
-    experiment = grid.load(path.parent.name)
-    known = [
-      name
-      for name, arm in experiment.arms.items()
-      if arm.arg.removeprefix('method=') in objectives.METHODS
+def test_no_tuning_sees_its_test_set():
+  for experiment in DECLARED.values():
+    sets = lambda config: {config.data.eval, *dict(config.data.evals).values()} - {''}
+    final = grid.final_runs(experiment, dict.fromkeys(experiment.arms))
+    tests = set().union(*(sets(r.config) for r in final))
+    tuned = [
+      *grid.tuning_runs(experiment, list(experiment.arms)),
+      *models.wanted(experiment).values(),
     ]
-    tests = {r.config.data.eval for r in grid.final_runs(experiment, dict.fromkeys(known))}
-    tuned = {r.config.data.eval for r in grid.tuning_runs(experiment, known)}
-    tuned |= {r.config.data.eval for r in models.wanted(experiment).values()}
-    assert not tests & tuned
+    assert all(not tests & sets(r.config) for r in tuned)
 
 
 def test_models_are_made_where_they_are_missing(tmp_path, monkeypatch):

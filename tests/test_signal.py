@@ -42,8 +42,8 @@ def test_auroc_is_the_share_of_pairs_in_order():
 def test_a_pair_is_measured_and_drawn(tmp_path):
   """On the pair of the quickstart: a signal is what its name says, and the page shows it."""
   study = grid.module(grid.ROOT / 'configs/study.py')
-  config = study.get_config('smoke,split=train')
-  config.data.eval = study.get_config('size=80,split=train').data.eval
+  config = study.get_config('smoke')
+  config.data.eval = study.get_config('tuning,size=80').data.eval
   found = signal.measure(configs.validate(config))
   assert found['tokens']['plan'] == found['tokens']['told'] + found['tokens']['untold']
   mean = found['mean']

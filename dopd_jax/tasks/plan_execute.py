@@ -27,7 +27,8 @@ from dopd_jax.tasks.common import field, in_split
 from dopd_jax.tasks.words import word_tokenizer
 
 LETTERS = 'abcdefghijkl'
-HINTS = ('steps', 'none', 'answer', 'answer_steps', 'full', 'shuffled', 'partial')
+HINTS = ('steps', 'none', 'answer', 'answer_steps', 'full', 'shuffled', 'partial', 'mixed')
+TRUE = ('steps', 'answer', 'answer_steps', 'full', 'partial')  # those that say something right
 
 
 class Definition(NamedTuple):
@@ -105,8 +106,9 @@ def make_records(
     definitions: shown in a prompt, distractors included; at least 2 K, at most 12.
     rho: probability of two equally valid chains, the hint telling which one the reference takes.
     hint: what the privileged context holds: 'steps' (the order of the variables), 'none', 'answer',
-      'answer_steps', 'full' (the reference completion), 'shuffled' (the steps of another problem)
-      or 'partial' (the first variable).
+      'answer_steps', 'full' (the reference completion), 'shuffled' (the steps of another problem),
+      'partial' (the first variable) or 'mixed' (one of those that say something right; their form
+      tells which).
     ops: operators, of '+', '-' and '*'.
     modulus: of the arithmetic, 3 to 10. Tiny models learn a prime one faster: modulo 10 they know
       the values modulo 5 long before they know which are even.
@@ -124,7 +126,7 @@ def make_records(
   # Seeded by text: the same on every platform. Errors and foreign hints have generators of their
   # own, so that the arms of a study are about the same problems.
   rng, error_rng = random.Random(f'problem {seed}'), random.Random(f'error {seed}')
-  other_rng = random.Random(f'other {seed}')
+  other_rng, hint_rng = random.Random(f'other {seed}'), random.Random(f'hint {seed}')
   weights = {word: rank**-zipf for rank, word in enumerate(functions(ops, modulus), start=1)}
   records, seen, misses = [], set(), 0
   while len(records) < size:
@@ -143,9 +145,10 @@ def make_records(
     other = problem
     if hint == 'shuffled':
       other = _draw(other_rng, steps, definitions, rho, modulus, weights)
+    kind = hint_rng.choice(TRUE) if hint == 'mixed' else hint
     record_id = f'plan_execute/{split}/{seed}/{len(records)}'
     records.append(
-      {**_record(record_id, problem, other, error, hint, corrupt > 0), 'modulus': modulus}
+      {**_record(record_id, problem, other, error, kind, corrupt > 0), 'modulus': modulus}
     )
   return records
 

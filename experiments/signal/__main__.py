@@ -184,7 +184,7 @@ def main() -> None:
     common.end_by_interrupt()
     models.prepare(experiment, models.in_processes(FLAGS.jobs), console)
     get_config = grid.module(grid.ROOT / experiment.base).get_config
-    words = f'method=hint_routing,split=train,size={FLAGS.records},seed='
+    words = f'method=hint_routing,tuning,size={FLAGS.records},seed='
     found = []
     with common.bar(console) as bar:
       for seed in bar.track(experiment.seeds, description='students'):

@@ -8,35 +8,19 @@ on problems of the training split, as is where the training of a student stops; 
 where no problem is one of training, is looked at only in the final runs.
 """
 
-from experiments.grid import Arm, Experiment
+from experiments import study
+from experiments.grid import Arm
 
-EXPERIMENT = Experiment(
-  question=(
-    'Does DOPD beat vanilla OPD, and OPD to the hinted teacher, in accuracy without the hint; and '
-    'does the hint itself help or harm OPD?'
-  ),
-  base='configs/study.py',
-  models={
-    'teacher': 'configs/study_sft.py:model=teacher',
-    'student': 'configs/study_sft.py:model=student,seed={seed}',
-  },
-  arms={
-    'opd': Arm('method=opd'),
-    'opd_privileged': Arm('method=opd', {'objective.teacher_context': 'privileged'}),
+EXPERIMENT = study.study(
+  'Does DOPD beat vanilla OPD, and OPD to the hinted teacher, in accuracy without the hint; and '
+  'does the hint itself help or harm OPD?',
+  {
+    'opd': study.OPD,
+    'opd_privileged': study.OPD_PRIVILEGED,
     'self_privileged': Arm('method=sdft'),
-    'dopd': Arm('method=dopd'),
-    'hint_routing': Arm('method=hint_routing'),
+    'dopd': study.DOPD,
+    'hint_routing': study.HINT_ROUTING,
   },
-  seeds=tuple(range(10)),
-  learning_rates=(2e-4, 5e-4, 1e-3),
-  tuning_seeds=(100, 101),
-  tuning_changes={
-    'data.eval': (
-      'task:plan_execute?steps=2&definitions=4&modulus=7&rho=0.5&hint=steps&size=1000&seed=77'
-      '&split=train'
-    ),
-    'evaluation.every': 0,
-    'evaluation.teacher': False,
-  },
+  seeds=range(10),
   contrasts=(('dopd', 'opd'), ('dopd', 'opd_privileged'), ('opd_privileged', 'opd')),
 )

@@ -128,7 +128,7 @@ def test_hints():
   for i, record in enumerate(by_hint['steps']):
     steps, answer = ' '.join(record['route']), record['answer']
     contexts = {hint: records[i]['privileged_context'] for hint, records in by_hint.items()}
-    foreign = contexts.pop('shuffled')
+    foreign, mixed = contexts.pop('shuffled'), contexts.pop('mixed')
     assert contexts == {
       'steps': steps,
       'none': '',
@@ -138,6 +138,7 @@ def test_hints():
       'partial': record['route'][0],
     }
     assert not set(steps) & set('0123456789')
+    assert mixed in set(contexts.values()) - {''}
     assert foreign != steps and len(foreign) == len(steps)
     # The arms of a study are about the same problems.
     assert {records[i]['prompt'] for records in by_hint.values()} == {record['prompt']}
