@@ -56,7 +56,7 @@ def get_config(arg=''):
   c.optimizer.warmup_steps = 10
   c.microbatch = 128
   c.steps = 150
-  c.evaluation.every = 15
+  c.evaluation.every = 25
   c.checkpoint.every = 75
   c.log.every = 10
   if a.tuning:  # a learning rate is chosen: the test split does not take part

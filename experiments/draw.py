@@ -1,4 +1,4 @@
-"""Results as a figure: `curves.png`."""
+"""Results as figures: how each arm went, `curves.png`, and where all ended, `finals.png`."""
 
 import math
 from collections.abc import Sequence
@@ -92,6 +92,57 @@ def figure(experiment: Experiment, results: Sequence[dict[str, Any]], title: str
     fontsize=8.5,
     labelcolor=SOFT,
   )
+  return drawn
+
+
+def finals(experiment: Experiment, results: Sequence[dict[str, Any]], title: str = '') -> Figure:
+  """A row an arm, as in the table: its seeds as dots, their mean with its 95 % t-interval.
+
+  The dashed line is where all began, the grey one the mean of the first arm.
+  """
+  found, metric = summarise(experiment, results), experiment.metric
+  drawn = Figure(figsize=(7.2, 0.34 * len(found) + 1.3), layout='constrained')
+  axes = drawn.add_subplot()
+  for row, summary in enumerate(found):
+    values, mean = list(summary.finals.values()), summary.final
+    axes.plot(values, [row] * len(values), 'o', color=REFERENCE, ms=4, alpha=0.75, mew=0)
+    if mean.n:
+      half = mean.half if math.isfinite(mean.half) else 0.0
+      axes.errorbar(mean.mean, row, xerr=half, fmt='s', color=BLUE, ms=5.5, lw=1.6)
+  if found and found[0].final.n:
+    axes.axvline(found[0].final.mean, color=REFERENCE, lw=1, zorder=0)
+  # By the seeds: the interval of three can be many times wider than all of them.
+  values = [value for s in found for value in (*s.finals.values(), s.start) if math.isfinite(value)]
+  if values:
+    axes.axvline(found[0].start, color=SOFT, ls='--', lw=1, zorder=0)
+    margin = 0.15 * (max(values) - min(values)) or 0.05
+    axes.set_xlim(min(values) - margin, max(values) + margin)
+  axes.set_yticks(range(len(found)), [s.arm for s in found], fontsize=9)
+  axes.invert_yaxis()
+  if is_share(metric):
+    axes.xaxis.set_major_formatter(lambda value, _: f'{100 * value:.3g} %')
+  axes.set_title(
+    f'{title}: {about(metric).label}' if title else about(metric).label,
+    loc='left',
+    fontsize=12,
+    fontweight='bold',
+    color=INK,
+    parse_math=False,
+  )
+  first = next(iter(experiment.arms))
+  axes.set_xlabel(
+    f'dots: seeds; square: mean, 95 % t-interval; dashed: start; grey: {first}',
+    fontsize=8.5,
+    color=SOFT,
+    loc='left',
+    parse_math=False,
+  )
+  axes.tick_params(labelsize=9, colors=SOFT, length=0)
+  axes.tick_params(axis='y', labelcolor=INK)
+  axes.grid(axis='x', color=RULE, lw=0.7)
+  axes.set_axisbelow(True)
+  axes.spines[['top', 'right', 'left']].set_visible(False)
+  axes.spines['bottom'].set_color(RULE)
   return drawn
 
 

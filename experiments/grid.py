@@ -48,6 +48,7 @@ class Experiment:
   tuning_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   tuning_arg: str = ''  # words for the base config's argument, to the same end
   metric: str = 'eval/accuracy'  # higher is better; its last value is what is compared
+  also: Sequence[str] = ()  # other metrics of a look, shown beside it and drawn
   contrasts: Sequence[tuple[str, str]] = ()  # (arm, reference): those that are tested
   # Name -> the supervised config that makes the model, one a seed where it names {seed}.
   models: Mapping[str, str] = dataclasses.field(default_factory=dict)

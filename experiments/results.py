@@ -123,6 +123,7 @@ class Summary(NamedTuple):
   final: Estimate
   difference: Estimate  # to the first arm, paired by seed
   means: dict[str, float]  # of other metrics, over those seeds
+  also: dict[str, Estimate]  # last values of `Experiment.also`, over those seeds
 
 
 def summarise(experiment: Experiment, results: Sequence[dict[str, Any]]) -> list[Summary]:
@@ -150,9 +151,15 @@ def summarise(experiment: Experiment, results: Sequence[dict[str, Any]]) -> list
         final=estimate(list(values.values())),
         difference=paired(values, reference),
         means=means,
+        also={name: _last(own, values, name) for name in experiment.also},
       )
     )
   return found
+
+
+def _last(results: Sequence[Mapping], seeds: Mapping[int, float], metric: str) -> Estimate:
+  found = [final(r, metric) for r in results if r['seed'] in seeds]
+  return estimate([value for value in found if math.isfinite(value)])
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -8,14 +8,15 @@ r"""Runs a comparison and writes its results, table and figure.
 Models that it starts from are made first, where they are missing. Then every arm is trained at
 every learning rate on the tuning seeds, and the rate with the best mean final metric is taken; then
 every arm is trained on every seed. A run writes one JSON file when it has ended, under `results/`
-or `tuning/`, its own or those of the experiment that it shares arms with (`pool`); `table.md` and
-`curves.png` are made from these files alone. A command that was cut off goes on when it is given
-again: runs with a file are skipped, the others go on from their last checkpoint.
+or `tuning/`, its own or those of the experiment that it shares arms with (`pool`); `table.md`,
+`curves.png` and `finals.png` are made from these files alone. A command that was cut off goes on
+when it is given again: runs with a file are skipped, the others go on from their last checkpoint.
 
 Give one command a pool at a time: two would train the same run in the same workdir. After a change
 of code that no config shows, delete the files and the workdirs to run anew.
 """
 
+import dataclasses
 import pathlib
 import sys
 import tempfile
@@ -69,7 +70,7 @@ def walk(
 def write(
   experiment: Experiment, name: str, kept: pathlib.Path, out: pathlib.Path, console: Console
 ) -> None:
-  """`table.md` and `curves.png` from the result files; raises `UserError` if there are none.
+  """`table.md` and figures from the result files; raises `UserError` if there are none.
 
   Args:
     experiment: what was compared.
@@ -86,8 +87,13 @@ def write(
     console.print(table.rich(console.width), '')
   with workdirs.writing(str(out / 'table.md')) as file:
     file.write(tables.page(experiment, name, made, final))
-  draw.figure(experiment, final, pathlib.Path(name).name).savefig(out / 'curves.png', dpi=130)
-  console.print(f'Wrote {out / "table.md"} and {out / "curves.png"}', soft_wrap=True)
+  title = pathlib.Path(name).name
+  for metric in (experiment.metric, *experiment.also):
+    one = dataclasses.replace(experiment, metric=metric)
+    end = '' if metric == experiment.metric else f'_{metric.partition("/")[2].replace("/", "_")}'
+    draw.figure(one, final, title).savefig(out / f'curves{end}.png', dpi=130)
+    draw.finals(one, final, title).savefig(out / f'finals{end}.png', dpi=130)
+  console.print(f'Wrote {out / "table.md"}, curves and finals as .png', soft_wrap=True)
 
 
 def main() -> None:
@@ -132,5 +138,5 @@ if __name__ == '__main__':
     'runs', '', 'Workdirs; OUT/runs with --out, else runs/experiments/NAME or POOL.'
   )
   flags.DEFINE_bool('smoke', False, 'One short run an arm, without tuning; a new folder as --out.')
-  flags.DEFINE_bool('report_only', False, 'Makes table.md and curves.png from the result files.')
+  flags.DEFINE_bool('report_only', False, 'Makes table.md and the figures from the result files.')
   cli.run(main)

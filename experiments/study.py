@@ -1,4 +1,4 @@
-"""The text study: what its experiments share, so that one arm is one run however many tables show it.
+"""The text study: what its experiments share. An arm is one run, however many tables show it.
 
 Every arm starts from the same students, sees the same prompts and is tuned on the same grid, on two
 students that appear in no final run and on problems of the training split.

@@ -118,7 +118,7 @@ def _arms_table(experiment: Experiment, found: Sequence[Summary]) -> Table:
   first = next(iter(experiment.arms))
   percent = ', %' if is_share(experiment.metric) else ''
   heads = ['arm', 'learning rate', 'n', f'start{percent}', f'final{percent}']
-  heads += [f'minus {first}', *extra.values()]
+  heads += [f'minus {first}', *(_head(name) for name in experiment.also), *extra.values()]
   rows = []
   for s in found:
     rate = ', '.join(f'{x:g}' for x in sorted({r['learning_rate'] for r in s.results}))
@@ -127,8 +127,13 @@ def _arms_table(experiment: Experiment, found: Sequence[Summary]) -> Table:
     difference = NONE if s.arm == first else interval(experiment.metric, s.difference, '+')
     row = [s.arm, rate, n, cell(experiment.metric, s.start)]
     row += [interval(experiment.metric, s.final), difference]
+    row += [interval(name, s.also[name]) for name in experiment.also]
     rows.append(row + [f'{s.means[m]:.3g}' if m in s.means else NONE for m in extra])
   return Table('Arms', heads, rows)
+
+
+def _head(metric: str) -> str:
+  return f'{metric.removeprefix("eval/").removeprefix("train/")}{", %" if is_share(metric) else ""}'
 
 
 def _contrasts_table(experiment: Experiment, tested: Sequence[Contrast]) -> Table:

@@ -305,6 +305,20 @@ def test_the_report_needs_the_files_only(tmp_path):
   assert '| opd | 0.0005 | 160.0 | 161.0 | 160.5 | yes |' in page
   assert '| opd | 0.001 | 155.0 | 156.0 | 155.5 |  |' in page
   assert (tmp_path / 'curves.png').stat().st_size > 10_000
+  assert (tmp_path / 'finals.png').stat().st_size > 10_000
+
+
+def test_other_metrics_stand_beside_it(tmp_path):
+  experiment = dataclasses.replace(EXPERIMENT, also=('train/entropy/S',))
+  made = [result('opd', 0, 0.5), result('opd', 1, 0.5)]
+  for one, value in zip(made, (0.25, 0.75)):
+    one['rows'][-1]['train/entropy/S'] = value
+  (summary,) = results.summarise(experiment, made)
+  assert summary.also['train/entropy/S'].mean == 0.5
+  (table,) = tables.tables(experiment, made, [])
+  assert 'entropy/S' in table.heads
+  # t(0.975; 1) = 12.7062, s / sqrt(2) = .25.
+  assert table.rows[0][table.heads.index('entropy/S')] == '0.5 ± 3.177'
 
 
 def test_a_smoke_run_is_small_and_does_not_tune(tmp_path):

@@ -21,4 +21,5 @@ EXPERIMENT = study.study(
       'hint_routing': study.HINT_ROUTING,
     }.items()
   },
+  also=tuple(f'eval/accuracy/{name}' for name in ('plus', 'minus', 'times', 'longer')),
 )

@@ -22,5 +22,6 @@ EXPERIMENT = study.study(
     'hint_routing': study.HINT_ROUTING,
   },
   seeds=range(10),
+  also=('eval/accuracy/longer',),
   contrasts=(('dopd', 'opd'), ('dopd', 'opd_privileged'), ('opd_privileged', 'opd')),
 )
