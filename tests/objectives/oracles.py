@@ -385,17 +385,25 @@ def dopd_signed(lp, tokens, mask, k=128, trim=0.05, reduction='sequence', scope=
 
 @method
 def hint_routing(lp, tokens, mask, signal='student', levels=2, mixture=0.5, weight=0.5, trim=0.05,
-                 reduction='sequence', scope='batch'):  # fmt: skip
-  del tokens
+                 reduction='sequence', scope='batch', learned=()):  # fmt: skip
+  nearest = np.vectorize(lambda w: round_half_up(w * (levels - 1)) / (levels - 1))
   if signal == 'none':
     trust = np.full(mask.shape, mixture)
+  elif signal == 'learned':
+    trust = np.zeros(mask.shape)
+    for b, n in np.argwhere(mask):
+      S, Sp, T, Tp = (lp[view][b, n] for view in ('S', 'Sp', 'T', 'Tp'))
+      y = tokens[b, n]
+      told = [js(np.exp(Sp), np.exp(S)), js(np.exp(Tp), np.exp(T)), abs(Tp[y] - Sp[y])]
+      trust[b, n] = 1 / (1 + np.exp(np.dot(learned, [1, *told])))
+    trust = nearest(trust)
   else:
     hinted, plain = {'student': ('Sp', 'S'), 'teacher': ('Tp', 'T')}[signal]
     told = np.zeros(mask.shape)
     for i in zip(*np.nonzero(mask)):
       told[i] = js(np.exp(lp[hinted][i]), np.exp(lp[plain][i]))
     exact = 1 / (1 + told / np.maximum(bars(told, mask, trim, scope), 1e-300))
-    trust = np.vectorize(lambda w: round_half_up(w * (levels - 1)) / (levels - 1))(exact)
+    trust = nearest(exact)
   weights = coefficients(mask, reduction)
   return [
     (b, n, w * weights[b, n], functools.partial(divergence, q=lp[source][b, n], weight=weight))

@@ -156,6 +156,11 @@ CASES = {
     lambda: S.HintRouting(scope='sequence', levels=3),
     {view: view for view in ('Sp', 'S', 'T', 'Tp')}, 'hint_routing', scope='sequence', levels=3,
   ),
+  'hint_routing, learned': row(
+    lambda: S.HintRouting(signal='learned', levels=4, coefficients=(-0.5, 3.0, -2.0, 0.4)),
+    {view: view for view in ('Sp', 'S', 'T', 'Tp')}, 'hint_routing', signal='learned', levels=4,
+    learned=(-0.5, 3.0, -2.0, 0.4),
+  ),
   **{
     f'hint_routing, {signal}, {levels}': row(
       lambda s=signal, n=levels, d=divergence: S.HintRouting(
@@ -236,7 +241,12 @@ def test_limits(a, b):
   'changes, sentence',
   [
     ({'levels': 1}, 'objective.levels must be 2 to 101, not 1'),
-    ({'signal': 'both'}, "objective.signal must be one of student, teacher, none, not 'both'"),
+    (
+      {'signal': 'both'},
+      "objective.signal must be one of student, teacher, learned, none, not 'both'",
+    ),
+    ({'signal': 'learned'}, r"coefficients must be 4 numbers with signal='learned', not \(\)"),
+    ({'coefficients': (1.0,)}, "coefficients must be 0 numbers with signal='student'"),
     ({'trim': 1.0}, r'objective.trim must be in \[0, 1\), not 1.0'),
     ({'mixture': 1.5}, r'objective.mixture must be in \[0, 1\], not 1.5'),
     ({'scope': 'row'}, 'objective.scope must be one of batch, sequence'),
