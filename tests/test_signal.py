@@ -38,17 +38,32 @@ def test_auroc_is_the_share_of_pairs_in_order():
   np.testing.assert_allclose(signal.auroc(high, low), np.mean(pairs))
 
 
+def test_a_router_is_learned_from_what_it_was_made_with():
+  """Logistic: the coefficients that drew the labels come back, to four standard errors."""
+  rng, true = np.random.default_rng(0), np.array([-1.0, 2.0, -1.5, 0.5])
+  shape = (400, 50)
+  found = {name: rng.random(shape) for name in signal.FEATURES}
+  logit = true[0] + sum(c * found[name] for c, name in zip(true[1:], signal.FEATURES))
+  told = rng.random(shape) < 1 / (1 + np.exp(-logit))
+  kind = {'told': told, 'plan': told, 'execution': ~told}
+  one = signal.Looked(0, np.ones(shape[0], bool), kind, found)
+  np.testing.assert_allclose(signal.fit([one]), true, atol=0.25)
+
+
 @pytest.mark.slow
 def test_a_pair_is_measured_and_drawn(tmp_path):
   """On the pair of the quickstart: a signal is what its name says, and the page shows it."""
   study = grid.module(grid.ROOT / 'configs/study.py')
   config = study.get_config('smoke')
   config.data.eval = study.get_config('tuning,size=80').data.eval
-  found = signal.measure(configs.validate(config))
+  looked = signal.look(configs.validate(config))
+  found = signal.measure(looked, signal.fit([looked]))
   assert found['tokens']['plan'] == found['tokens']['told'] + found['tokens']['untold']
   mean = found['mean']
   assert all(0 <= x <= np.log(2) for name in signal.PAIRS for x in mean[name].values())
   assert all(mean['gap'][kind] >= abs(mean['signed gap'][kind]) for kind in found['tokens'])
+  learned = {question: by_signal['learned'] for question, by_signal in found['auroc'].items()}
+  assert learned['told over other plan'] > 0.6
   # What a hint tells shows where it is the only one to tell.
   assert found['auroc']['told over other plan']['JS(Sp, S)'] > 0.6
   other = {**found, 'seed': 1}

@@ -7,19 +7,23 @@ Each student, before any distillation, answers problems at temperature 1; all fo
 its tokens. A token is a plan (a variable) or an execution (a value); the first plan token is `told`
 where two chains lead to the query, so that only the hint says which one is meant. Problems are of
 the training split: the test split waits for the distilled students.
+
+On the two students of the tuning a router is learned from three signals, told tokens against all
+others, by logistic regression: `router.json`, for `hint_routing` with `signal='learned'`.
 """
 
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 from rich.console import Console
-from scipy import stats
+from scipy import optimize, special, stats
 
 from dopd_jax import cli, collate, diagnose, evaluation, policies, sharding, workdirs
 from dopd_jax import config as configs
@@ -41,7 +45,9 @@ PAIRS = {
   'JS(Sp, S)': Compare('S', 'Sp', 'js'),
   'JS(Tp, T)': Compare('T', 'Tp', 'js'),
 }
-SIGNALS = (GAP, SIGNED, *PAIRS)
+LEARNED = 'learned'
+SIGNALS = (GAP, SIGNED, *PAIRS, LEARNED)
+FEATURES = ('JS(Sp, S)', 'JS(Tp, T)', GAP)  # in the order of `HintRouting.coefficients`
 # Name -> tokens that should have the larger signal, tokens that should have the smaller one.
 QUESTIONS = {
   'execution over plan': ('execution', 'plan'),
@@ -69,8 +75,17 @@ def everything() -> Objective:
   )
 
 
-def measure(config: Config) -> dict[str, Any]:
-  """AUROC of every signal for every question, of one student; and means by kind of token.
+class Looked(NamedTuple):
+  """What is known of a student's answers: [B] bool, [B, N] bool a kind, [B, N] float a signal."""
+
+  seed: int
+  right: np.ndarray
+  kind: dict[str, np.ndarray]
+  signal: dict[str, np.ndarray]
+
+
+def look(config: Config) -> Looked:
+  """A student answers, and all policies score its tokens.
 
   Args:
     config: of a run; its student answers `data.eval`. Microbatch rows divide these records.
@@ -99,9 +114,39 @@ def measure(config: Config) -> dict[str, Any]:
   kind |= {'right': mask & right[:, None], 'wrong': mask & ~right[:, None]}
   if few := [name for name, here in kind.items() if not here.any()]:
     raise UserError(f'there are no tokens of kind {few[0]}: give more --records')
+  return Looked(config.seed, right, kind, found)
+
+
+def fit(students: Sequence[Looked]) -> list[float]:
+  """c0 to c3 of the logistic regression of `told` against other tokens, on `FEATURES`.
+
+  The mean log loss over tokens, and 1e-4 of the squared weights, are least.
+  """
+  rows, told = [], []
+  for one in students:
+    here = one.kind['plan'] | one.kind['execution']
+    rows.append(np.stack([one.signal[name][here] for name in FEATURES], axis=1))
+    told.append(one.kind['told'][here])
+  x, y = np.concatenate(rows), np.concatenate(told)
+  x = np.concatenate([np.ones((len(x), 1)), x], axis=1)
+
+  def loss(c):
+    logit = x @ c
+    error = special.expit(logit) - y
+    value = np.mean(np.logaddexp(0.0, logit) - y * logit) + 1e-4 * np.sum(c[1:] ** 2)
+    return value, x.T @ error / len(y) + 2e-4 * np.array([0.0, *c[1:]])
+
+  return optimize.minimize(loss, np.zeros(1 + len(FEATURES)), jac=True).x.tolist()
+
+
+def measure(student: Looked, coefficients: Sequence[float]) -> dict[str, Any]:
+  """AUROC of every signal for every question, of one student; and means by kind of token."""
+  kind, c = student.kind, coefficients
+  learned = c[0] + sum(w * student.signal[name] for w, name in zip(c[1:], FEATURES))
+  found = student.signal | {LEARNED: learned}
   return {
-    'seed': config.seed,
-    'accuracy': float(right.mean()),
+    'seed': student.seed,
+    'accuracy': float(student.right.mean()),
     'tokens': {name: int(here.sum()) for name, here in kind.items()},
     'auroc': {
       question: {name: auroc(found[name][kind[high]], found[name][kind[low]]) for name in SIGNALS}
@@ -185,14 +230,20 @@ def main() -> None:
     models.prepare(experiment, models.in_processes(FLAGS.jobs), console)
     get_config = grid.module(grid.ROOT / experiment.base).get_config
     words = f'method=hint_routing,tuning,size={FLAGS.records},seed='
-    found = []
+    looked = {}
     with common.bar(console) as bar:
-      for seed in bar.track(experiment.seeds, description='students'):
+      seeds = [*experiment.tuning_seeds, *experiment.seeds]
+      for seed in bar.track(seeds, description='students'):
         config = get_config(f'{words}{seed}')
         config.microbatch = MICROBATCH
-        found.append(measure(configs.validate(config)))
+        looked[seed] = look(configs.validate(config))
+    coefficients = fit([looked[seed] for seed in experiment.tuning_seeds])
+    found = [measure(looked[seed], coefficients) for seed in experiment.seeds]
     with workdirs.writing(str(file)) as out:
       out.write(json.dumps(found, indent=1) + '\n')
+    with workdirs.writing(str(HERE / 'router.json')) as out:
+      about = {'features': FEATURES, 'seeds': experiment.tuning_seeds}
+      out.write(json.dumps({'coefficients': coefficients, **about}) + '\n')
   if not file.exists():
     raise UserError('there is no results.json yet: run without --report_only first')
   found = json.loads(file.read_text())
