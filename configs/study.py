@@ -32,17 +32,19 @@ def get_config(arg=''):
   c.seed = a.seed
   c.student.path = f'{PACKAGE}/student' if a.smoke else f'{MODELS}/{a.student}_{a.seed}'
   c.teacher.path = f'{PACKAGE}/teacher' if a.smoke else f'{MODELS}/{a.teacher}'
-  task = f'task:plan_execute?steps=2&definitions=4&modulus=7&rho={a.rho}&hint={a.hint}'
-  c.data.train = f'{task}&size=20000&seed={1000 + a.seed}'
+  world = f'task:plan_execute?letters=6&modulus=7&rho={a.rho}&hint={a.hint}'
+  task = f'{world}&steps=2&definitions=4'
+  c.data.train = f'{task}&size=5000&seed={1000 + a.seed}'
   c.data.eval = f'{task}&size={a.size or 2000}&seed=8&split=test'
   # Out of distribution: nobody has seen three steps.
-  longer = f'task:plan_execute?steps=3&definitions=6&modulus=7&rho={a.rho}'
-  c.data.evals = (('longer', f'{longer}&size=500&seed=8&split=test'),)
+  longer = f'{world}&steps=3&definitions=6&size=500&seed=8&split=test'
+  c.data.evals = (('longer', longer),)
   if a.staged:  # one subject after the other, each measured at every look
     subjects = (('plus', '+'), ('minus', '-'), ('times', '*'))
     c.data.train = ''
     c.data.stages = tuple(
-      (f'{task}&ops={op}&size=20000&seed={1000 + a.seed}', 50) for _, op in subjects
+      (f'{task}&ops={op}&size=2000&seed={1000 + a.seed}', 1 if a.smoke else 50)
+      for _, op in subjects
     )
     c.data.evals += tuple(
       (name, f'{task}&ops={op}&size=1000&seed=8&split=test') for name, op in subjects
@@ -55,7 +57,7 @@ def get_config(arg=''):
   c.optimizer.learning_rate = 5e-4
   c.optimizer.warmup_steps = 10
   c.microbatch = 128
-  c.steps = 150
+  c.steps = 3 if a.smoke else 150
   c.evaluation.every = 25
   c.checkpoint.every = 75
   c.log.every = 10
@@ -65,12 +67,9 @@ def get_config(arg=''):
     c.evaluation.every = 0
     c.evaluation.teacher = False
   if a.smoke:
-    c.steps = 2
     c.optimizer.warmup_steps = 0
     c.rollout.prompts = 4
     c.microbatch = 16
-    c.data.train = f'{task}&size=64&seed=1000'
-    c.data.eval = f'{task}&size=16&seed=8&split=test'
-    c.data.evals = (('longer', f'{longer}&size=16&seed=8&split=test'),)
+    c.evaluation.records = 16
     c.log.every = 1
   return c

@@ -36,7 +36,7 @@ def get_config(arg=''):
   }
   c.tokenizer = 'task:plan_execute'
   c.objective.privileged_share = 0.5
-  task = f'task:plan_execute?steps=2&definitions=4&modulus=7&rho={a.rho}&hint={a.hint}'
+  task = f'task:plan_execute?steps=2&definitions=4&letters=6&modulus=7&rho={a.rho}&hint={a.hint}'
   teacher = a.model.startswith('teacher')
   size, seed = (60_000, 1) if teacher else (20_000, 2000 + a.seed)
   c.data.train = f'{task}&size={size}&seed={seed}&corrupt=0.3'

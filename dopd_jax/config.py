@@ -412,15 +412,11 @@ def _check(c: Config) -> None:
     for axis in getattr(c, kind).split_over:
       if axis not in ('fsdp', 'tensor'):
         raise UserError(f'{kind}.split_over may name fsdp and tensor, not {axis!r}')
-  if c.checkpoint.best and not glossary.metric(c.checkpoint.best).meaning:
+  _check_sets(c.data.evals)
+  family, _, part = c.checkpoint.best.rpartition('/')
+  of_a_set = family in glossary.METRICS and part not in dict(c.data.evals)
+  if c.checkpoint.best and (of_a_set or not glossary.metric(c.checkpoint.best).meaning):
     raise UserError(unknown('metric in checkpoint.best', c.checkpoint.best, glossary.METRICS))
-  if not all(_is_pair(x, str, str) and re.fullmatch(r'\w[\w.-]*', x[0]) for x in c.data.evals):
-    raise UserError(
-      'data.evals must be pairs of a name (letters, digits, ., _ and -) and a source: '
-      "(('math', 'a.jsonl'), ...)"
-    )
-  if len(dict(c.data.evals)) < len(c.data.evals):
-    raise UserError('data.evals must give every set a name of its own')
   if bool(c.data.train) == bool(c.data.stages):
     raise UserError('set either data.train (one source) or data.stages (a curriculum)')
 
@@ -449,6 +445,15 @@ def _check_objective(c: Config) -> None:
     )
   if c.teachers and c.teacher.path:
     raise UserError('set either teacher.path (one teacher) or teachers (several), not both')
+
+
+def _check_sets(evals: tuple) -> None:
+  named = lambda x: _is_pair(x, str, str) and re.fullmatch(r'\w[\w.-]*', x[0]) and x[1]
+  if not all(named(x) for x in evals) or len(dict(evals)) < len(evals):
+    raise UserError(
+      'data.evals must be pairs of a name of its own (letters, digits, ., _ and -) and a source: '
+      "(('math', 'a.jsonl'), ...)"
+    )
 
 
 def _is_pair(x: Any, first: type, second: type) -> bool:

@@ -17,7 +17,8 @@ from dopd_jax.step import Batch, Steps, make_steps
 
 def weights(config: Config, objective: Objective) -> frozenset[str]:
   """Whose weights a run loads: the objective's, and the teacher's where a look is held to it."""
-  looks = config.evaluation.teacher and config.data.eval and config.teacher.path
+  held_out = config.data.eval or config.data.evals
+  looks = config.evaluation.teacher and held_out and config.teacher.path
   return objective.weights | ({'teacher'} if looks else set())
 
 

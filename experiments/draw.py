@@ -1,7 +1,7 @@
 """Results as figures: how each arm went, `curves.png`, and where all ended, `finals.png`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +46,7 @@ def band(summary: Summary, metric: str) -> Band:
 def figure(experiment: Experiment, results: Sequence[dict[str, Any]], title: str = '') -> Figure:
   """Small multiples on no global state, one panel an arm: its seeds, their mean and 95 % band.
 
-  In every panel: the first arm's mean in grey, the teacher as a dashed line, the same axes.
+  In every panel: the mean of the arm's reference in grey, the teacher dashed, the same axes.
   """
   found = summarise(experiment, results)
   columns = min(4, max(len(found), 1))
@@ -62,13 +62,12 @@ def figure(experiment: Experiment, results: Sequence[dict[str, Any]], title: str
     color=INK,
     parse_math=False,
   )
-  first = next(iter(experiment.arms))
-  reference = band(found[0], experiment.metric) if found and found[0].arm == first else None
+  bands = {summary.arm: band(summary, experiment.metric) for summary in found}
   shared: Axes | None = None
   for place, summary in enumerate(found, 1):
     axes = drawn.add_subplot(lines, columns, place, sharex=shared, sharey=shared)
     shared = shared or axes
-    _panel(axes, experiment, summary, reference)
+    _panel(axes, experiment, summary, bands)
     axes.tick_params(labelbottom=place > len(found) - columns, labelleft=(place - 1) % columns == 0)
     if place > len(found) - columns:
       axes.set_xlabel('step', fontsize=8.5, color=SOFT)
@@ -82,7 +81,7 @@ def figure(experiment: Experiment, results: Sequence[dict[str, Any]], title: str
       Line2D([], [], color=BLUE, lw=2, label='mean over seeds'),
       Line2D([], [], color=BLUE, lw=0.8, alpha=0.5, label='a seed'),
       Patch(color=BLUE, alpha=0.16, lw=0, label='95 % t-interval'),
-      Line2D([], [], color=REFERENCE, lw=2, label=f'mean of {first}'),
+      Line2D([], [], color=REFERENCE, lw=2, label=f'mean of {_reference(experiment)}'),
       Line2D([], [], color=TEACHER, lw=1.3, ls='--', label='teacher'),
       *([_STOPPED] if any('stopped' in r for r in results) else []),
     ],
@@ -98,23 +97,24 @@ def figure(experiment: Experiment, results: Sequence[dict[str, Any]], title: str
 def finals(experiment: Experiment, results: Sequence[dict[str, Any]], title: str = '') -> Figure:
   """A row an arm, as in the table: its seeds as dots, their mean with its 95 % t-interval.
 
-  The dashed line is where all began, the grey one the mean of the first arm.
+  In each row the dashed mark is where the arm began, the grey one the mean of its reference.
   """
   found, metric = summarise(experiment, results), experiment.metric
+  means = {summary.arm: summary.final.mean for summary in found}
   drawn = Figure(figsize=(7.2, 0.34 * len(found) + 1.3), layout='constrained')
   axes = drawn.add_subplot()
   for row, summary in enumerate(found):
     values, mean = list(summary.finals.values()), summary.final
+    place = (row - 0.5, row + 0.5)
+    axes.plot([summary.start] * 2, place, color=SOFT, ls=(0, (2, 1.5)), lw=1)
+    axes.plot([means.get(experiment.reference(summary.arm), math.nan)] * 2, place, color=REFERENCE)
     axes.plot(values, [row] * len(values), 'o', color=REFERENCE, ms=4, alpha=0.75, mew=0)
     if mean.n:
       half = mean.half if math.isfinite(mean.half) else 0.0
       axes.errorbar(mean.mean, row, xerr=half, fmt='s', color=BLUE, ms=5.5, lw=1.6)
-  if found and found[0].final.n:
-    axes.axvline(found[0].final.mean, color=REFERENCE, lw=1, zorder=0)
   # By the seeds: the interval of three can be many times wider than all of them.
   values = [value for s in found for value in (*s.finals.values(), s.start) if math.isfinite(value)]
   if values:
-    axes.axvline(found[0].start, color=SOFT, ls='--', lw=1, zorder=0)
     margin = 0.15 * (max(values) - min(values)) or 0.05
     axes.set_xlim(min(values) - margin, max(values) + margin)
   axes.set_yticks(range(len(found)), [s.arm for s in found], fontsize=9)
@@ -129,9 +129,8 @@ def finals(experiment: Experiment, results: Sequence[dict[str, Any]], title: str
     color=INK,
     parse_math=False,
   )
-  first = next(iter(experiment.arms))
   axes.set_xlabel(
-    f'dots: seeds; square: mean, 95 % t-interval; dashed: start; grey: {first}',
+    f'dots: seeds; square: mean, 95 % t-interval; dashed: start; grey: {_reference(experiment)}',
     fontsize=8.5,
     color=SOFT,
     loc='left',
@@ -156,9 +155,13 @@ def _values(results: Sequence[dict[str, Any]], *metrics: str) -> np.ndarray:
   return values[np.isfinite(values)]
 
 
-def _panel(axes: Axes, experiment: Experiment, summary: Summary, reference: Band | None) -> None:
+def _reference(experiment: Experiment) -> str:
+  return 'its reference' if experiment.references else next(iter(experiment.arms))
+
+
+def _panel(axes: Axes, experiment: Experiment, summary: Summary, bands: Mapping[str, Band]) -> None:
   metric = experiment.metric
-  if reference is not None:
+  if reference := bands.get(experiment.reference(summary.arm)):
     axes.plot(reference.steps, reference.mean, color=REFERENCE, lw=2)
   for result in summary.results:
     steps, values = report.series(result['rows'], metric)
@@ -166,9 +169,9 @@ def _panel(axes: Axes, experiment: Experiment, summary: Summary, reference: Band
     if 'stopped' in result and len(steps):
       axes.plot(steps[-1:], values[-1:], marker='x', color=_STOPPED.get_color(), ls='')
   teacher = _values(summary.results, metric.replace('eval/', 'eval/teacher_'))
-  if len(teacher):
+  if len(teacher) and metric.startswith('eval/'):
     axes.axhline(teacher[-1], color=TEACHER, ls='--', lw=1.3)
-  own = band(summary, metric)
+  own = bands[summary.arm]
   axes.fill_between(
     own.steps, own.mean - own.half, own.mean + own.half, color=BLUE, alpha=0.16, lw=0
   )
@@ -182,7 +185,7 @@ def _finish(axes: Axes, experiment: Experiment, summary: Summary) -> None:
   parts = []
   if summary.final.n:
     parts.append(f'final {cell(metric, summary.final.mean)}{" %" if is_share(metric) else ""}')
-  if summary.arm != next(iter(experiment.arms)) and summary.difference.n:
+  if summary.arm != experiment.reference(summary.arm) and summary.difference.n:
     parts.append(f'difference {interval(metric, summary.difference, "+")}')
   if stopped := sum('stopped' in r for r in summary.results):
     parts.append(f'{stopped} stopped')

@@ -39,7 +39,7 @@ class Experiment:
 
   question: str
   base: str  # a config file, from the repository's root; its argument must take seed=K and smoke
-  arms: Mapping[str, Arm]  # the first is the reference
+  arms: Mapping[str, Arm]  # the first is the reference, but where `references` names another
   seeds: Sequence[int] = (0, 1, 2)
   learning_rates: Sequence[float] = ()  # one grid for every arm; empty: the base's rate, no tuning
   tuning_seeds: Sequence[int] = ()
@@ -48,7 +48,8 @@ class Experiment:
   tuning_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   tuning_arg: str = ''  # words for the base config's argument, to the same end
   metric: str = 'eval/accuracy'  # higher is better; its last value is what is compared
-  also: Sequence[str] = ()  # other metrics of a look, shown beside it and drawn
+  references: Mapping[str, str] = dataclasses.field(default_factory=dict)  # arm -> its own
+  also: Sequence[str] = ()  # other metrics whose last values are shown beside it and drawn
   contrasts: Sequence[tuple[str, str]] = ()  # (arm, reference): those that are tested
   # Name -> the supervised config that makes the model, one a seed where it names {seed}.
   models: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -61,12 +62,17 @@ class Experiment:
       raise UserError(f'arm {bad[0]!r} must be named by letters, digits, _ and - only')
     if bool(self.learning_rates) != bool(self.tuning_seeds):
       raise UserError('learning_rates and tuning_seeds go together: set both or neither')
-    for arm in (arm for pair in self.contrasts for arm in pair):
-      if arm not in self.arms:
-        raise UserError(configs.unknown('arm in contrasts', arm, self.arms))
+    for name, pairs in (('contrasts', self.contrasts), ('references', self.references.items())):
+      for arm in (arm for pair in pairs for arm in pair):
+        if arm not in self.arms:
+          raise UserError(configs.unknown(f'arm in {name}', arm, self.arms))
     seeds = [*self.seeds, *self.tuning_seeds]
     if len(set(seeds)) < len(seeds):
       raise UserError(f'seeds and tuning_seeds must all differ, not {seeds}')
+
+  def reference(self, arm: str) -> str:
+    """The arm that this one is held against; itself for the first."""
+    return self.references.get(arm, next(iter(self.arms)))
 
 
 @dataclasses.dataclass(frozen=True)

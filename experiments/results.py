@@ -3,7 +3,7 @@
 choose       an arm's learning rate, from its tuning runs
 estimate     a mean with its 95 % t-interval
 paired       the same of the differences between two arms, seed by seed
-summarise    every arm's final metric, and its difference to the first arm's
+summarise    every arm's final metric, and its difference to its reference's
 """
 
 import json
@@ -121,7 +121,7 @@ class Summary(NamedTuple):
   finals: dict[int, float]  # seed -> last value, without the runs that were stopped
   start: float  # mean at the first look
   final: Estimate
-  difference: Estimate  # to the first arm, paired by seed
+  difference: Estimate  # to its reference, paired by seed
   means: dict[str, float]  # of other metrics, over those seeds
   also: dict[str, Estimate]  # last values of `Experiment.also`, over those seeds
 
@@ -133,7 +133,6 @@ def summarise(experiment: Experiment, results: Sequence[dict[str, Any]]) -> list
     value = final(result, experiment.metric)
     if result['arm'] in finals and math.isfinite(value):
       finals[result['arm']][result['seed']] = value
-  reference = next(iter(finals.values()))
   found = []
   for arm, values in finals.items():
     own = sorted((r for r in results if r['arm'] == arm), key=lambda r: r['seed'])
@@ -149,7 +148,7 @@ def summarise(experiment: Experiment, results: Sequence[dict[str, Any]]) -> list
         finals=values,
         start=mean(starts) if starts else math.nan,
         final=estimate(list(values.values())),
-        difference=paired(values, reference),
+        difference=paired(values, finals[experiment.reference(arm)]),
         means=means,
         also={name: _last(own, values, name) for name in experiment.also},
       )

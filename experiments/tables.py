@@ -90,10 +90,11 @@ def page(
   missing = [arm for arm in experiment.arms if arm not in there]
   notes = (
     f'`{experiment.metric}`: mean over seeds, ± half the width of its 95 % t-interval. The '
-    f'difference to `{next(iter(experiment.arms))}` is paired by seed and has its own interval. No '
+    f'difference to {_references(experiment)} is paired by seed and has its own interval. No '
     'interval is corrected for the number of arms. A run that was stopped (not finite) counts in '
-    'no mean, and in the tuning as the worst. The columns to the right are means over steps and '
-    'seeds; s a step is the median over steps. '
+    'no mean, and in the tuning as the worst. '
+    f'{_also(experiment)}The columns to the right are means over steps and seeds; s a step is the '
+    'median over steps. '
     f'Made by `python -m experiments.run {name}` ({", ".join(made_with)}).'
   )
   if missing:
@@ -101,6 +102,16 @@ def page(
   return '\n\n'.join(
     [f'# {pathlib.Path(name).name}', experiment.question, *(t.markdown() for t in made), notes, '']
   )
+
+
+def _references(experiment: Experiment) -> str:
+  return 'its reference' if experiment.references else f'`{next(iter(experiment.arms))}`'
+
+
+def _also(experiment: Experiment) -> str:
+  if not experiment.also:
+    return ''
+  return f'Last values: {", ".join(f"`{name}`" for name in experiment.also)}. '
 
 
 def in_words(experiment: Experiment, result: Mapping[str, Any]) -> str:
@@ -118,13 +129,20 @@ def _arms_table(experiment: Experiment, found: Sequence[Summary]) -> Table:
   first = next(iter(experiment.arms))
   percent = ', %' if is_share(experiment.metric) else ''
   heads = ['arm', 'learning rate', 'n', f'start{percent}', f'final{percent}']
-  heads += [f'minus {first}', *(_head(name) for name in experiment.also), *extra.values()]
+  heads += [
+    f'minus {"its reference" if experiment.references else first}',
+    *(_head(name) for name in experiment.also),
+    *extra.values(),
+  ]
   rows = []
   for s in found:
     rate = ', '.join(f'{x:g}' for x in sorted({r['learning_rate'] for r in s.results}))
     stopped = sum('stopped' in r for r in s.results)
     n = f'{s.final.n}' + (f' ({stopped} stopped)' if stopped else '')
-    difference = NONE if s.arm == first else interval(experiment.metric, s.difference, '+')
+    difference, against = NONE, experiment.reference(s.arm)
+    if s.arm != against:
+      difference = interval(experiment.metric, s.difference, '+')
+      difference += f' ({against})' if experiment.references else ''
     row = [s.arm, rate, n, cell(experiment.metric, s.start)]
     row += [interval(experiment.metric, s.final), difference]
     row += [interval(name, s.also[name]) for name in experiment.also]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from dopd_jax import config as configs
-from dopd_jax import workdirs
+from dopd_jax import tasks, workdirs
 from dopd_jax.errors import Stopped, UserError
 from experiments import draw, grid, models, results, run, tables, workers
 from experiments.grid import Arm, Experiment
@@ -373,6 +374,32 @@ def test_no_tuning_sees_its_test_set():
       *models.wanted(experiment).values(),
     ]
     assert all(not tests & sets(r.config) for r in tuned)
+    # The first records of a larger set are those of a smaller.
+    assert not any('split=test' in s for r in tuned for s in sets(r.config) if experiment.pool)
+
+
+@pytest.mark.parametrize('name', sorted(DECLARED))
+def test_a_smoke_run_of_every_declared_experiment_is_valid(name):
+  runs = grid.final_runs(DECLARED[name], dict.fromkeys(DECLARED[name].arms), smoke=True)
+  assert [r.arm for r in runs] == list(DECLARED[name].arms)
+
+
+def test_the_data_of_the_study_are_there_and_as_they_say():
+  """The share of problems with two chains is rho, to four standard deviations."""
+  sources = {
+    source
+    for e in DECLARED.values()
+    if e.pool
+    for r in grid.final_runs(e, dict.fromkeys(e.arms))
+    if r.seed == 0
+    for source in (r.config.data.train, *dict(r.config.data.stages), r.config.data.eval)
+    if source
+  }
+  assert len(sources) > 8
+  for source in sorted(sources):
+    rho = float(re.search('rho=([0-9.]+)', source)[1])
+    found = [bool(record['other_route']) for record in tasks.load(source.removeprefix('task:'))]
+    assert abs(sum(found) / len(found) - rho) <= 4 * (rho * (1 - rho) / len(found)) ** 0.5, source
 
 
 def test_models_are_made_where_they_are_missing(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from dopd_jax.objectives.dense import objective_loss as objective_loss
 from dopd_jax.objectives.dopd import Dopd as Dopd
 from dopd_jax.objectives.dopd_distributional import DopdDistributional as DopdDistributional
+from dopd_jax.objectives.dopd_random import DopdRandom as DopdRandom
 from dopd_jax.objectives.dopd_signed import DopdSigned as DopdSigned
 from dopd_jax.objectives.drop_by_gap import DropByGap as DropByGap
 from dopd_jax.objectives.eopd import Eopd as Eopd
@@ -49,6 +50,7 @@ METHODS = {
     Dopd,
     DopdSigned,
     DopdDistributional,
+    DopdRandom,
     HintRouting,
     DropByGap,
     Sft,

@@ -16,6 +16,7 @@ query, with one value: a fair coin, which the prompt does not show, picks the on
 takes. The hint then tells what cannot be inferred, log 2 nats; a verifier accepts either chain.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -86,6 +87,7 @@ def make_records(
   *,
   steps: int = 4,
   definitions: int = 8,
+  letters: int = 0,
   rho: float = 0.0,
   hint: str = 'steps',
   ops: str = '+-*',
@@ -104,9 +106,12 @@ def make_records(
     seed: of the problems, hints and corruptions.
     steps: K, variables of the true chain.
     definitions: shown in a prompt, distractors included; at least 2 K, at most 12.
+    letters: how many names the variables are drawn from, at most 12; 0: as many as definitions. More
+      names make more problems, and longer ones without names that are new.
     rho: probability of two equally valid chains, the hint telling which one the reference takes.
     hint: what the privileged context holds: 'steps' (the order of the variables), 'none', 'answer',
-      'answer_steps', 'full' (the reference completion), 'shuffled' (the steps of another problem),
+      'answer_steps', 'full' (the reference completion), 'shuffled' (steps of another problem that lead
+      nowhere here),
       'partial' (the first variable) or 'mixed' (one of those that say something right; their form
       tells which).
     ops: operators, of '+', '-' and '*'.
@@ -122,15 +127,23 @@ def make_records(
   Raises:
     UserError: an option is out of range, or there are fewer than `size` such problems.
   """
-  _check(size, seed, steps, definitions, rho, hint, ops, modulus, zipf, corrupt)
+  letters = letters or definitions
+  _check(size, seed, steps, definitions, letters, rho, hint, ops, modulus, zipf, corrupt)
   # Seeded by text: the same on every platform. Errors and foreign hints have generators of their
   # own, so that the arms of a study are about the same problems.
   rng, error_rng = random.Random(f'problem {seed}'), random.Random(f'error {seed}')
   other_rng, hint_rng = random.Random(f'other {seed}'), random.Random(f'hint {seed}')
   weights = {word: rank**-zipf for rank, word in enumerate(functions(ops, modulus), start=1)}
-  records, seen, misses = [], set(), 0
+  make = functools.partial(
+    _draw, steps=steps, names=LETTERS[:letters], definitions=definitions, modulus=modulus
+  )
+  records, seen, misses, two_routes = [], set(), 0, False
   while len(records) < size:
-    problem = _draw(rng, steps, definitions, rho, modulus, weights)
+    # What is drawn again, here or in `_draw`, must not change how many problems have two routes:
+    # there are far fewer of them, and they repeat sooner.
+    coin = rng.random() < rho
+    two_routes = two_routes if misses else coin
+    problem = make(rng, weights=weights, two_routes=two_routes)
     key = _key(problem)
     if key in seen or not in_split(key, split):
       misses += 1
@@ -143,8 +156,8 @@ def make_records(
     misses = 0
     error = _corruption(error_rng, problem, modulus) if error_rng.random() < corrupt else None
     other = problem
-    if hint == 'shuffled':
-      other = _draw(other_rng, steps, definitions, rho, modulus, weights)
+    while hint == 'shuffled' and other.route in (problem.route, problem.other_route):
+      other = make(other_rng, weights=weights, two_routes=other_rng.random() < rho)
     kind = hint_rng.choice(TRUE) if hint == 'mixed' else hint
     record_id = f'plan_execute/{split}/{seed}/{len(records)}'
     records.append(
@@ -198,13 +211,18 @@ def token_kinds(record: Any, completion_words: list[str]) -> list[str]:
   return [kinds.get(word, 'other') for word in completion_words]
 
 
-def _check(size, seed, steps, definitions, rho, hint, ops, modulus, zipf, corrupt):
+def _check(size, seed, steps, definitions, letters, rho, hint, ops, modulus, zipf, corrupt):
   if size < 1 or seed < 0:
     raise UserError(f'plan_execute needs size >= 1 and seed >= 0, not {size} and {seed}.')
   if steps < 2 or not 2 * steps <= definitions <= len(LETTERS):
     raise UserError(
       f'plan_execute needs steps >= 2 and 2 * steps <= definitions <= {len(LETTERS)}, '
       f'not steps={steps} and definitions={definitions}.'
+    )
+  if not definitions <= letters <= len(LETTERS):
+    raise UserError(
+      f'plan_execute needs definitions <= letters <= {len(LETTERS)}, not definitions={definitions} '
+      f'and letters={letters}.'
     )
   if not (0 <= rho <= 1 and 0 <= corrupt <= 1):
     raise UserError(f'plan_execute needs rho and corrupt between 0 and 1, not {rho} and {corrupt}.')
@@ -221,17 +239,17 @@ def _check(size, seed, steps, definitions, rho, hint, ops, modulus, zipf, corrup
 def _draw(
   rng: random.Random,
   steps: int,
+  names: str,
   definitions: int,
-  rho: float,
   modulus: int,
   weights: dict[str, float],
+  two_routes: bool,
 ) -> Problem:
   """One problem; drawn again where no function closes the second route on the same value."""
   words, cumulative = list(weights), list(itertools.accumulate(weights.values()))
-  # Outside the loop: what is drawn again must not change how many problems have two routes.
-  two_routes = rng.random() < rho
+  pool = names
   while True:
-    names = rng.sample(LETTERS[:definitions], definitions)
+    names = rng.sample(pool, definitions)
     # The chains share their first `fork` variables; with 0 each has a root of its own.
     fork = rng.randrange(steps - 1)
     chain = names[:steps]

@@ -27,8 +27,10 @@ EXPERIMENT = study.study(
     'll_hs': dopd(LH_strength='none', HT_strength='none'),  # without the teacher
     'uniform_js': study.UNIFORM_JS,  # without the gap
     'js_everywhere': dopd(**{f'{regime}_divergence': 'js' for regime in REGIMES}),
+    'dopd_k8': Arm('method=dopd', {'objective.k': 8}),  # the reference of the next
     'top8_everywhere': Arm(
       'method=dopd', {'objective.k': 8} | study.cells(**{f'{r}_region': 'top_k' for r in REGIMES})
     ),
   },
+  references={'top8_everywhere': 'dopd_k8'},
 )

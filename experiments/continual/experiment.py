@@ -2,8 +2,9 @@
 
   python -m experiments.run continual --jobs=2
 
-50 steps with additions only, 50 with subtractions, 50 with multiplications; every look measures all
-three and problems of three steps, that nobody has seen. What is compared is the mean of the three.
+50 steps with additions only, 50 with subtractions, 50 with multiplications, under one schedule of
+the learning rate, so that the last changes least. Every look measures each of them, and problems of
+three steps, that nobody has seen. What is compared are problems that mix the three in one chain.
 """
 
 from experiments import study

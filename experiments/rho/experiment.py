@@ -9,7 +9,7 @@ hint tells. At 0 it tells nothing new and no illusion can appear. The students h
 from experiments import study
 from experiments.grid import Arm
 
-LEVELS = ('0.0', '0.25', '0.75', '1.0')
+LEVELS = ('0.0', '1.0')
 METHODS = {'opd': study.OPD, 'opd_privileged': study.OPD_PRIVILEGED, 'dopd': study.DOPD}
 
 EXPERIMENT = study.study(
@@ -19,5 +19,10 @@ EXPERIMENT = study.study(
     f'{name}_rho{level.replace(".", "")}': Arm(f'{arm.arg},rho={level}', arm.changes)
     for level in LEVELS
     for name, arm in METHODS.items()
+  },
+  references={
+    f'{name}_rho{level.replace(".", "")}': f'opd_rho{level.replace(".", "")}'
+    for level in LEVELS
+    for name in METHODS
   },
 )

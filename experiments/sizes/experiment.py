@@ -1,12 +1,15 @@
 """The paper's Table 3: five pairs of a teacher and a student.
 
-python -m experiments.run sizes --jobs=2
+  python -m experiments.run sizes --jobs=2
+
+Every student is trained to the same accuracy, so that size alone differs, not what it knows: other
+than in the paper, whose small student starts lower. Widths and layers are in configs/study_sft.py.
 """
 
 from experiments import study
 from experiments.grid import Arm
 
-# Name of the pair -> the argument's words; parameters in docs of configs/study_sft.py.
+# Name of the pair -> the argument's words.
 PAIRS = {
   'large_small': 'student=student_small',
   'large_large': 'student=student_large',
@@ -25,6 +28,7 @@ EXPERIMENT = study.study(
       for method in ('opd', 'dopd')
     },
   },
+  references={f'{method}_{pair}': f'opd_{pair}' for pair in PAIRS for method in ('opd', 'dopd')},
   models=study.MODELS
   | {
     'teacher_small': 'configs/study_sft.py:model=teacher_small',

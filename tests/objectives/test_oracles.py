@@ -327,6 +327,24 @@ def test_random_drop_keeps_its_share_and_follows_its_key():
   assert (kept[0] == kept[1]).all() and (kept[0] != kept[2]).any()
 
 
+def test_random_regimes_are_as_many_of_each():
+  z, tokens, mask, *_ = arrays()
+  views = {name: jnp.asarray(z[name], jnp.float32) for name in ('Sp', 'Tp')}
+  regimes = lambda make, seed=0: np.asarray(
+    objectives.objective_loss(
+      make(k=5).build(), jnp.asarray(z['S']), views, jnp.asarray(tokens), jnp.asarray(mask),
+      key=jax.random.key(seed),
+    )[1].plan.regime
+  )  # fmt: skip
+  routed, dealt = regimes(S.Dopd), [regimes(S.DopdRandom, seed) for seed in (0, 0, 1)]
+  for regime in dealt:
+    np.testing.assert_array_equal(regime == -1, ~np.asarray(mask, bool))
+    np.testing.assert_array_equal(np.sort(regime, axis=None), np.sort(routed, axis=None))
+  assert (
+    (dealt[0] == dealt[1]).all() and (dealt[0] != dealt[2]).any() and (dealt[0] != routed).any()
+  )
+
+
 @pytest.mark.parametrize('share', [0.0, 0.2, 0.5, 0.8, 1.0])
 def test_top_share_counts(share):
   """Of 5 tokens .2 is one, .5 rounds up to three, and 0 still keeps one; ties go to the first."""

@@ -125,6 +125,7 @@ def test_the_prompt_does_not_tell_which_route_the_reference_takes():
 
 def test_hints():
   by_hint = {hint: make_records(20, 4, hint=hint) for hint in HINTS}
+  kinds = set()
   for i, record in enumerate(by_hint['steps']):
     steps, answer = ' '.join(record['route']), record['answer']
     contexts = {hint: records[i]['privileged_context'] for hint, records in by_hint.items()}
@@ -139,9 +140,40 @@ def test_hints():
     }
     assert not set(steps) & set('0123456789')
     assert mixed in set(contexts.values()) - {''}
+    kinds |= {name for name, text in contexts.items() if text == mixed}
     assert foreign != steps and len(foreign) == len(steps)
     # The arms of a study are about the same problems.
     assert {records[i]['prompt'] for records in by_hint.values()} == {record['prompt']}
+  assert kinds == {'steps', 'answer', 'answer_steps', 'full', 'partial'}
+
+
+def test_two_routes_do_not_run_out_unnoticed():
+  """There are far fewer problems with two routes: repeats are drawn again with two."""
+  options = dict(steps=2, definitions=4, ops='+', modulus=7)
+  share = lambda records: sum(r['other_route'] is not None for r in records) / len(records)
+  assert abs(share(make_records(2000, 0, rho=0.5, **options)) - 0.5) < 4 * 0.5 / 2000**0.5
+  with pytest.raises(UserError, match='fewer than 8000 such problems'):
+    make_records(8000, 0, rho=1.0, **options)
+  assert len(make_records(8000, 0, rho=1.0, **options, letters=8)) == 8000
+
+
+def test_letters():
+  short = make_records(300, 0, steps=2, definitions=4, letters=6)
+  long = make_records(50, 0, steps=3, definitions=6, letters=6)
+  names = lambda records: {v for r in records for d in parse(r['prompt'])[0] for v in d.variable}
+  assert names(short) == names(long) == set('abcdef')
+  # The quickstart's problems are those that they were before there was the option.
+  assert make_records(20, 3, definitions=4, steps=2, letters=4) == make_records(
+    20, 3, definitions=4, steps=2
+  )
+  with pytest.raises(UserError, match='definitions <= letters <= 12, not definitions=4'):
+    make_records(1, 0, steps=2, definitions=4, letters=3)
+
+
+def test_a_foreign_hint_leads_nowhere():
+  for record in make_records(500, 0, steps=2, definitions=4, rho=0.5, hint='shuffled'):
+    hint = record['privileged_context'].split()
+    assert hint != record['route'] and hint != record['other_route']
 
 
 def test_train_and_test_are_disjoint_whatever_the_seeds():
