@@ -22,6 +22,7 @@ class DopdRandom(Dopd):
 
   def router(self, seen: Seen) -> Routed:
     """DOPD's regimes in a random order; -1 stays where there is no token."""
+    assert seen.key is not None
     found = super().router(seen)
     regime, mask = found.regime.reshape(-1), seen.mask.reshape(-1)
     drawn = jnp.where(mask, jax.random.uniform(seen.key, mask.shape), 2.0)

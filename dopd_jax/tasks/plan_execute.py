@@ -106,14 +106,13 @@ def make_records(
     seed: of the problems, hints and corruptions.
     steps: K, variables of the true chain.
     definitions: shown in a prompt, distractors included; at least 2 K, at most 12.
-    letters: how many names the variables are drawn from, at most 12; 0: as many as definitions. More
-      names make more problems, and longer ones without names that are new.
+    letters: how many names the variables are drawn from, at most 12; 0: as many as definitions.
+      More names make more problems, and longer ones without names that are new.
     rho: probability of two equally valid chains, the hint telling which one the reference takes.
     hint: what the privileged context holds: 'steps' (the order of the variables), 'none', 'answer',
-      'answer_steps', 'full' (the reference completion), 'shuffled' (steps of another problem that lead
-      nowhere here),
-      'partial' (the first variable) or 'mixed' (one of those that say something right; their form
-      tells which).
+      'answer_steps', 'full' (the reference completion), 'shuffled' (steps of another problem,
+      which lead nowhere here), 'partial' (the first variable) or 'mixed' (one of those that say
+      something right; their form tells which).
     ops: operators, of '+', '-' and '*'.
     modulus: of the arithmetic, 3 to 10. Tiny models learn a prime one faster: modulo 10 they know
       the values modulo 5 long before they know which are even.
@@ -135,7 +134,7 @@ def make_records(
   other_rng, hint_rng = random.Random(f'other {seed}'), random.Random(f'hint {seed}')
   weights = {word: rank**-zipf for rank, word in enumerate(functions(ops, modulus), start=1)}
   make = functools.partial(
-    _draw, steps=steps, names=LETTERS[:letters], definitions=definitions, modulus=modulus
+    _draw, steps=steps, pool=LETTERS[:letters], definitions=definitions, modulus=modulus
   )
   records, seen, misses, two_routes = [], set(), 0, False
   while len(records) < size:
@@ -239,7 +238,7 @@ def _check(size, seed, steps, definitions, letters, rho, hint, ops, modulus, zip
 def _draw(
   rng: random.Random,
   steps: int,
-  names: str,
+  pool: str,
   definitions: int,
   modulus: int,
   weights: dict[str, float],
@@ -247,7 +246,6 @@ def _draw(
 ) -> Problem:
   """One problem; drawn again where no function closes the second route on the same value."""
   words, cumulative = list(weights), list(itertools.accumulate(weights.values()))
-  pool = names
   while True:
     names = rng.sample(pool, definitions)
     # The chains share their first `fork` variables; with 0 each has a root of its own.

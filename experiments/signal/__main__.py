@@ -5,11 +5,11 @@ r"""Does a large gap mean capability? Signals against what each token is by cons
 
 Each student, before any distillation, answers problems at temperature 1; all four policies score
 its tokens. A token is a plan (a variable) or an execution (a value); the first plan token is `told`
-where two chains lead to the query, so that only the hint says which one is meant. Problems are of
-the training split: the test split waits for the distilled students.
+where two chains lead to the query, so that only the hint says which one is meant.
 
-On the two students of the tuning a router is learned from three signals, told tokens against all
-others, by logistic regression: `router.json`, for `hint_routing` with `signal='learned'`.
+On the two students of the tuning, and on training problems, a router is learned from three signals,
+told tokens against all others, by logistic regression: `router.json`, for `hint_routing` with
+`signal='learned'`. What is told of the ten students is told on test problems.
 """
 
 import dataclasses
@@ -229,12 +229,13 @@ def main() -> None:
     common.end_by_interrupt()
     models.prepare(experiment, models.in_processes(FLAGS.jobs), console)
     get_config = grid.module(grid.ROOT / experiment.base).get_config
-    words = f'method=hint_routing,tuning,size={FLAGS.records},seed='
+    words = f'method=hint_routing,size={FLAGS.records}'
     looked = {}
     with common.bar(console) as bar:
       seeds = [*experiment.tuning_seeds, *experiment.seeds]
       for seed in bar.track(seeds, description='students'):
-        config = get_config(f'{words}{seed}')
+        tuning = ',tuning' if seed in experiment.tuning_seeds else ''
+        config = get_config(f'{words}{tuning},seed={seed}')
         config.microbatch = MICROBATCH
         looked[seed] = look(configs.validate(config))
     coefficients = fit([looked[seed] for seed in experiment.tuning_seeds])
