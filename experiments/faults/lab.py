@@ -270,7 +270,8 @@ def step_seconds(workdir: pathlib.Path) -> list[float]:
 
 def last_row(workdir: pathlib.Path) -> int:
   """The step of the last row, -1 without any."""
-  return rows(workdir)[-1]['step'] if rows(workdir) else -1
+  found = rows(workdir)  # once: a run that starts anew empties the file
+  return found[-1]['step'] if found else -1
 
 
 def saved(workdir: pathlib.Path) -> list[int]:
