@@ -8,7 +8,6 @@ value of the wrong type or out of its range is a `UserError` that says what to w
 import dataclasses
 import difflib
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,9 +76,7 @@ class Data:
   privileged_template: str = ''  # '' is the default wording
   thinking: bool = False
   max_prompt_tokens: int = 1024  # of the plain and of the privileged prompt
-  prompt_bucket: int = (
-    64  # prompts are padded to a multiple: lengths within one share a compilation
-  )
+  prompt_bucket: int = 64  # prompts are padded to a multiple: lengths within share a compilation
   on_too_long: str = 'drop'  # drop and count, or 'error'
 
 
@@ -174,9 +171,7 @@ class Config:
   mesh: Mesh = Mesh()
   steps: int = 200
   microbatch: int = 8  # rows a forward and backward pass
-  head_tile: int = (
-    0  # tokens whose logits exist at once; 0: by the vocabulary, arrays up to 256 MiB
-  )
+  head_tile: int = 0  # tokens whose logits exist at once; 0: by the vocabulary, up to 256 MiB each
   remat: bool = True  # memory: blocks keep their input and are computed again in the backward pass
   compute_dtype: str = 'auto'  # bfloat16 on accelerators, float32 on CPU
   seed: int = 0
@@ -398,11 +393,12 @@ def _check(c: Config) -> None:
     raise UserError("data.columns must be pairs of names: (('prompt', 'question'), ...)")
   if not all(_is_pair(x, str, int) for x in c.data.stages):
     raise UserError("data.stages must be pairs of a source and steps: (('a.jsonl', 100), ...)")
-  names = [x[0] for x in c.teachers if _is_pair(x, str, str)]
-  if len(names) != len(c.teachers) or len(set(names)) != len(names) or not all(names):
-    raise UserError(
-      "teachers must be pairs of a name of its own and a path: (('math', 'DIR'), ...)"
-    )
+  for setting, pairs, what in (
+    ('teachers', c.teachers, "a path: (('math', 'DIR'), ...)"),
+    ('data.evals', c.data.evals, "a source: (('math', 'a.jsonl'), ...)"),
+  ):
+    if len({x[0] for x in pairs if _is_pair(x, str, str) and all(x)}) < len(pairs):
+      raise UserError(f'{setting} must be pairs of a name of its own and {what}')
   if c.student.offload or tuple(c.student.split_over) != ('fsdp', 'tensor'):
     raise UserError(
       'student.offload and student.split_over must stay as they are: what trains lies as its '
@@ -412,7 +408,6 @@ def _check(c: Config) -> None:
     for axis in getattr(c, kind).split_over:
       if axis not in ('fsdp', 'tensor'):
         raise UserError(f'{kind}.split_over may name fsdp and tensor, not {axis!r}')
-  _check_sets(c.data.evals)
   family, _, part = c.checkpoint.best.rpartition('/')
   of_a_set = family in glossary.METRICS and part not in dict(c.data.evals)
   if c.checkpoint.best and (of_a_set or not glossary.metric(c.checkpoint.best).meaning):
@@ -445,15 +440,6 @@ def _check_objective(c: Config) -> None:
     )
   if c.teachers and c.teacher.path:
     raise UserError('set either teacher.path (one teacher) or teachers (several), not both')
-
-
-def _check_sets(evals: tuple) -> None:
-  named = lambda x: _is_pair(x, str, str) and re.fullmatch(r'\w[\w.-]*', x[0]) and x[1]
-  if not all(named(x) for x in evals) or len(dict(evals)) < len(evals):
-    raise UserError(
-      'data.evals must be pairs of a name of its own (letters, digits, ., _ and -) and a source: '
-      "(('math', 'a.jsonl'), ...)"
-    )
 
 
 def _is_pair(x: Any, first: type, second: type) -> bool:

@@ -117,7 +117,7 @@ def valid():
     ({'optimizer.warmup_steps': 200}, 'must be below steps'),
     ({'data.columns': ('prompt', 'question')}, 'must be pairs of names'),
     ({'data.train': '', 'data.stages': (('a.jsonl', '5'),)}, 'pairs of a source and steps'),
-    ({'data.evals': (('a b', 'x.jsonl'),)}, 'pairs of a name of its own'),
+    ({'data.evals': (('', 'x.jsonl'),)}, 'data.evals must be pairs of a name of its own'),
     ({'data.evals': (('a', ''),)}, 'pairs of a name of its own'),
     ({'data.evals': (('a', 'x.jsonl'), ('a', 'y.jsonl'))}, 'pairs of a name of its own'),
     ({'checkpoint.best': 'eval/accuracy/math'}, 'unknown metric in checkpoint.best'),

@@ -139,7 +139,8 @@ def make_records(
   records, seen, misses, two_routes = [], set(), 0, False
   while len(records) < size:
     # What is drawn again, here or in `_draw`, must not change how many problems have two routes:
-    # there are far fewer of them, and they repeat sooner.
+    # there are far fewer of them, and they repeat sooner. (The coin falls all the same, so that
+    # the problems of a seed stay those that they were.)
     coin = rng.random() < rho
     two_routes = two_routes if misses else coin
     problem = make(rng, weights=weights, two_routes=two_routes)
