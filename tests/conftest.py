@@ -1,4 +1,8 @@
-"""Eight fake CPU devices for every test, and absl flags that count as parsed."""
+"""Eight fake CPU devices for every test, and absl flags that count as parsed.
+
+On an accelerator the kernels alone: JAX_PLATFORMS=cuda JAX_DEFAULT_MATMUL_PRECISION=highest
+python -m pytest tests/losses -k "not over_devices"
+"""
 
 import os
 import sys
@@ -8,7 +12,7 @@ import jax
 from jax._src import cache_key, compiler
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach for a hub
-jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS') or 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 # Tests compile far more than they compute. Commands under test run in processes of their own,
 # optimised.

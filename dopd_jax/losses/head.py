@@ -27,7 +27,9 @@ from dopd_jax.losses import closed_form, policy_gradient, rules
 from dopd_jax.losses.columns import Block, Columns
 
 _DEAD = -1e9  # the logit of an id that has probability 0: finite, so that 0 * log 0 stays 0
-_BLOCKS = 16  # of the vocabulary, in which the gradient of the head is added up
+# Of the vocabulary, in which the gradient of the head is added up where that spares a second one; a
+# GPU would copy the whole gradient at every block, and its matmul adds to what is there.
+_BLOCKS = 16
 # Of one float32 array of a tile, where the caller leaves its size open.
 _TILE_BYTES, _LEAST_BYTES = 1 << 28, 1 << 20
 
@@ -333,10 +335,9 @@ class _Reader:
       zeros = jnp.zeros(h.shape, jnp.float32)
       d_hidden, d_head = lax.fori_loop(0, self.count, step, (zeros, d_head))
     else:
-      # The head's share is added by blocks: a whole one would be a second array of its size.
       dz_all = dz(0)
       d_hidden = _dot('CJ,JD->CD', dz_all, head)
-      size = -(-self.V // _BLOCKS)
+      size = self.V if jax.default_backend() == 'gpu' else -(-self.V // _BLOCKS)
       for start in range(0, self.V, size):
         share = _dot('CJ,CD->JD', dz_all[:, start : start + size], h)
         d_head = _add_rows(d_head, share, start)

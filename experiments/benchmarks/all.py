@@ -2,11 +2,12 @@
 
     python -m experiments.benchmarks.all --trl='.venv-trl/bin/python SCRIPTS' \
         --tunix='.venv-tunix/bin/python SCRIPTS'
-    python -m experiments.benchmarks.all --shapes=gpu     # bfloat16, Qwen3-0.6B and 1.7B, one card
+    python -m experiments.benchmarks.all --shapes=gpu --liger=python     # bfloat16, one card
     python -m experiments.benchmarks.all --shapes=smoke   # does it run: a minute
 
 A peer is a Python of its own environment and a folder with trl_loss.py, trl_opd.py or
-tunix_sampler.py, scripts that print one JSON line; none of them is a dependency of this package.
+tunix_sampler.py, scripts that print one JSON line (Liger's is here); none of them is a dependency
+of this package.
 """
 
 import json
@@ -20,6 +21,7 @@ _SHAPES = flags.DEFINE_enum('shapes', 'cpu', ['cpu', 'gpu', 'smoke'], 'Which wor
 _OUT = flags.DEFINE_string('out', '', 'Folder of the results; default: results/SHAPES beside this.')
 _TRL = flags.DEFINE_string('trl', '', 'PYTHON FOLDER of TRL.')
 _TUNIX = flags.DEFINE_string('tunix', '', 'PYTHON FOLDER of google-tunix.')
+_LIGER = flags.DEFINE_string('liger', '', 'PYTHON of liger_kernel.')
 _ONLY = flags.DEFINE_list('only', [], 'Names of the runs; default: all.')
 
 # Name -> (module, flags, peer: its environment and script)
@@ -40,16 +42,17 @@ RUNS = {
     'attention': ('attention', [], ''),
   },
   'gpu': {
-    f'{name}_{size}': (module, ['--dtype=bfloat16', *more], '')
+    f'{name}_{size}': (module, ['--dtype=bfloat16', *more], peer)
     for size, student, layers in (('0.6b', 1024, 28), ('1.7b', 2048, 28))
-    for name, module, more in (
-      ('head', 'head', ['--tile=0', '--tokens=4096', f'--student_width={student}']),
-      ('head_dense', 'head', ['--dense', '--tokens=1024', f'--student_width={student}']),
+    for name, module, more, peer in (
+      ('head', 'head', ['--tile=0', '--tokens=4096', f'--student_width={student}'],
+       f'liger peer_liger.py --student_width={student}'),
+      ('head_dense', 'head', ['--dense', '--tokens=4096', f'--student_width={student}'], ''),
       ('sampler', 'sampler', ['--vocab=151936', f'--layers={layers}', f'--width={student}',
-                              '--batch=64', '--new=512']),
+                              '--batch=64', '--new=512'], ''),
       ('step', 'step', ['--vocab=151936', f'--layers={layers},{layers}',
-                        f'--widths={student},2048', '--new=512']),
-      ('attention', 'attention', ['--others=xla,cudnn', '--rows=8', '--tokens=4096']),
+                        f'--widths={student},2048', '--new=512'], ''),
+      ('attention', 'attention', ['--others=xla,cudnn', '--rows=8', '--tokens=4096'], ''),
     )
   },
   'smoke': {
@@ -68,10 +71,10 @@ def peer_of(words):
   environment, _, script = words.partition(' ')
   if environment == 'here':
     return f'{sys.executable} {pathlib.Path(__file__).parent / script}'
-  given = {'trl': _TRL.value, 'tunix': _TUNIX.value}.get(environment, '')
+  given = {'trl': _TRL.value, 'tunix': _TUNIX.value, 'liger': _LIGER.value}.get(environment, '')
   if not given:
     return ''
-  python, folder = given.split()
+  python, folder = [*given.split(), str(pathlib.Path(__file__).parent)][:2]
   return f'{python} {folder}/{script}'
 
 
@@ -86,8 +89,8 @@ def table(results):
     ratio = ', '.join(f'{p["ours_over_peer"]:.2f} of {p.get("peer", "?")}' for p in peers) or '-'
     skip = ('median_s', 'fastest_s', 'slowest_s')
     more = ', '.join(f'{k} {v}' for k, v in ours.items() if k not in skip)
-    spread = f'{ours["fastest_s"]:.2f}–{ours["slowest_s"]:.2f}'
-    lines.append(f'| {name} | {ours["median_s"]:.2f} | {spread} | {ratio} | {more} |')
+    spread = f'{ours["fastest_s"]:.3g}–{ours["slowest_s"]:.3g}'
+    lines.append(f'| {name} | {ours["median_s"]:.3g} | {spread} | {ratio} | {more} |')
   return '\n'.join(lines) + '\n'
 
 

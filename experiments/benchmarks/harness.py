@@ -65,18 +65,22 @@ def seconds(fn: Callable[[], Any]) -> dict[str, float]:
 
 
 class Memory:
-  """GiB of resident memory that a block takes at its peak, over what there was before; Linux."""
+  """GiB of resident memory that a block takes at its peak, over what there was before; Linux, CPU.
+
+  None elsewhere: a GPU's allocator keeps its peak for good.
+  """
 
   def __enter__(self):
     gc.collect()
     self.gib = None
-    if _STATUS.exists():
+    self.known = _STATUS.exists() and jax.default_backend() == 'cpu'
+    if self.known:
       pathlib.Path('/proc/self/clear_refs').write_text('5')  # forget the peak so far
       self.before = _resident('VmRSS')
     return self
 
   def __exit__(self, *_):
-    if _STATUS.exists():
+    if self.known:
       self.gib = round(_resident('VmHWM') - self.before, 3)
 
 
@@ -125,5 +129,5 @@ def _peer(command: str) -> dict[str, Any]:
   done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
   if done.returncode:
     raise SystemExit(f'{command} failed:\n{done.stderr[-2000:]}')
-  script = pathlib.Path(shlex.split(command)[-1]).name
+  script = next(pathlib.Path(w).name for w in shlex.split(command) if w.endswith('.py'))
   return {'script': script, **json.loads(done.stdout.strip().splitlines()[-1])}

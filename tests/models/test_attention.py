@@ -83,3 +83,29 @@ def test_scores_of_all_queries_never_exist(monkeypatch):
     return compiled.memory_analysis().temp_size_in_bytes
 
   assert 4 * temporaries(128) < temporaries(1024)
+
+
+@pytest.mark.skipif(
+  jax.default_backend() != 'gpu', reason='cuDNN needs a GPU: JAX_PLATFORMS=cuda pytest FILE'
+)
+def test_cudnn_is_as_near_to_float32_as_the_blocks_are(monkeypatch):
+  """Values and gradients in bfloat16; a row with padding on its left, queries that look nowhere."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  make = lambda key, heads: jax.random.normal(key, (B, 512, heads, 64), jnp.bfloat16)
+  q, k, v = (make(key, n) for key, n in zip(keys, (4, 2, 2)))
+  mask = jnp.tri(512, dtype=bool) & (jnp.arange(512) >= jnp.array([[0], [37]]))[:, None]
+  there = mask.any(-1)[..., None, None]
+
+  def values_and_gradients(q, k, v):
+    fn = lambda q, k, v: jnp.where(there, layers.attention(q, k, v, mask), 0).astype(jnp.float32)
+    grads = jax.grad(lambda *x: jnp.sum(fn(*x) ** 2), (0, 1, 2))(q, k, v)
+    return [x.astype(jnp.float32) for x in (fn(q, k, v), *grads)]
+
+  with jax.default_matmul_precision('highest'):
+    exact = values_and_gradients(*(x.astype(jnp.float32) for x in (q, k, v)))
+  error = lambda found: [float(jnp.abs(a - b).mean()) for a, b in zip(found, exact)]
+  assert layers._suits_cudnn(q, k)
+  ours = error(values_and_gradients(q, k, v))
+  monkeypatch.setattr(layers, '_suits_cudnn', lambda q, k: False)
+  for cudnn, blocks in zip(ours, error(values_and_gradients(q, k, v))):
+    assert cudnn < 1.5 * blocks
