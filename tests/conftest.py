@@ -63,3 +63,20 @@ except ImportError:  # the kernels are also tested where only jax is installed
   pass
 else:
   flags.FLAGS.mark_as_parsed()
+
+
+# Files in the order of their slow tests' seconds, so that no worker is left alone with a long one.
+LONGEST = (
+  'test_commands',
+  'test_distributed',
+  'test_image_runs',
+  'test_fuzz',
+  'test_colab',
+  'test_train',
+)
+
+
+def pytest_collection_modifyitems(items):
+  """The longest files first; `--dist loadscope --no-loadscope-reorder` takes them in this order."""
+  rank = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
