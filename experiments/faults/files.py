@@ -135,7 +135,7 @@ def data_files(lab: Lab, done: int = 0) -> Iterator[Trial]:
       ended = lab.run(workdir)
     untouched = labs.digest(workdir) == before
     seen = f'exit {ended.code}: {ended.sentence[:200]}; {_untouched(untouched)}'
-    yield Trial(what, seen, ended.told('data') and untouched)
+    yield Trial(what, seen, ended.told(path.stem) and untouched)
   yield _rewritten(lab)
 
 
