@@ -223,6 +223,24 @@ def test_nonfinite_gradients_never_reach_the_state():
   jax.tree.map(np.testing.assert_array_equal, new, now)
 
 
+@pytest.mark.parametrize('method', ['dopd', 'dopd_signed', 'hint_routing', 'opd'])
+def test_a_policy_that_says_nan_is_not_routed_around(method):
+  """Every comparison with NaN is false: all tokens could go to the other policies, all finite."""
+  student, params, teacher, teacher_params = pair()
+  norm = jax.tree.map(lambda x: x * jnp.nan, teacher_params['final_norm'])
+  broken, batch = teacher_params | {'final_norm': norm}, make_batch()
+  objective, tx = objectives.METHODS[method]().build(), optax.adam(1e-2)
+  steps = step.make_steps(
+    student, {'teacher': {'': teacher}}, objective, tx, live_vocab=LIVE, microbatch=4, head_tile=8
+  )
+  now, given = state.create(params, tx, objective), {'teacher': {'': broken}}
+  scored = jax.jit(steps.score)(now, given, batch)
+  new, updated = jax.jit(steps.update)(now, given, batch, scored)
+  assert not updated.ok
+  np.testing.assert_array_equal(updated.row_finite, ~batch.mask.any(axis=1))
+  jax.tree.map(np.testing.assert_array_equal, new, now)
+
+
 def test_a_batch_without_tokens_changes_only_the_count():
   batch = make_batch()
   batch = batch._replace(supervised=batch.mask & False)

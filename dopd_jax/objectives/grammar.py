@@ -191,10 +191,17 @@ def old_logp(name: str, seen: Seen) -> Float[Array, 'B N']:
 
 
 def make_plan(objective: Objective, seen: Seen) -> Plan:
-  """Thresholds, regimes, advantages and coefficients of one rollout batch."""
+  """Thresholds, regimes, advantages and coefficients of one rollout batch.
+
+  No comparison with NaN is true, so tokens of which a policy says NaN would be routed around it and
+  have a finite loss: their coefficient is NaN, and with it the loss.
+  """
   routed = objective.router(seen)
   coef = routed.coef
   if coef is None:
     coef = reduction.coefficients(seen.mask, objective.reduction)
+  said = (*(signals.logp_y for signals in seen.signals.values()), *seen.pairs.values())
+  for values in said:
+    coef = jnp.where(seen.mask & jnp.isnan(values), jnp.nan, coef)
   old = old_logp(objective.old_logp, seen) if objective.old_logp else None
   return Plan(routed.regime, coef, routed.scalars, routed.token, routed.advantage, old)
