@@ -89,7 +89,7 @@ def attention(
   means nothing. Keys and values that `quantize` made int8 come with their scales, which multiply
   scores and weights: a sum over H or S is scaled once, and no keys or values of full size are made.
   Queries go in blocks of at most `BLOCK`; each sees all keys at once, so that its softmax is the
-  same. On a GPU 16-bit arrays go to cuDNN's kernel: no array of scores, but one of the mask, 16 bits
+  same. On a GPU 16-bit arrays go to cuDNN's kernel: no scores, but the mask as an array of 16 bits
   an entry; never run on several GPUs.
   """
   B, T = q.shape[:2]
