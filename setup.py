@@ -61,7 +61,7 @@ setuptools.setup(
     'gguf': ['gguf>=0.17'],  # llama.cpp's files in
     'test': [
       'pytest>=8',
-      'pytest-xdist>=3.6',  # two cores, two processes
+      'pytest-xdist>=3.8',  # two cores, two processes
       'hypothesis>=6.100',
       'torch>=2.9',  # with transformers, the reference that weights and logits are held against
       'reasoning_gym>=0.1.25',

@@ -1,7 +1,7 @@
 """Eight fake CPU devices for every test, and absl flags that count as parsed.
 
-On an accelerator the kernels alone: JAX_PLATFORMS=cuda JAX_DEFAULT_MATMUL_PRECISION=highest
-python -m pytest tests/losses -k "not over_devices"
+On a GPU the kernels alone: DOPD_JAX_TEST_PLATFORM=cuda JAX_DEFAULT_MATMUL_PRECISION=highest
+python -m pytest tests/losses tests/models/test_attention.py -k "not over_devices"
 """
 
 import os
@@ -12,7 +12,7 @@ import jax
 from jax._src import cache_key, compiler
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach for a hub
-jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS') or 'cpu')
+jax.config.update('jax_platforms', os.environ.get('DOPD_JAX_TEST_PLATFORM', 'cpu'))
 jax.config.update('jax_num_cpu_devices', 8)
 # Tests compile far more than they compute. Commands under test run in processes of their own,
 # optimised.

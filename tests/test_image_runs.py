@@ -218,9 +218,11 @@ def test_v16_features_are_those_of_the_weights():
   assert (np.asarray(first.logp) != np.asarray(second.logp)).any()
 
 
-# Those with views or rollouts of their own; others differ from opd in losses, which see no image.
+# All but eopd: four updates on images are tested above.
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['vision_opd', 'va_opd', 'opd', 'gkd', 'sdpo', 'opsd'])
+@pytest.mark.parametrize(
+  'method', ['vision_opd', 'va_opd', 'opd', 'exopd', 'gkd', 'sdpo', 'tip', 'uni_opd', 'opsd']
+)
 def test_methods_on_images(method, tmp_path):
   run(tmp_path, method, steps=2, rollout__samples=4, checkpoint__best='')
   last = rows(tmp_path)[-1]

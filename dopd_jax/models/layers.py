@@ -1,5 +1,8 @@
 """Arithmetic that every model shares: norms, rotary positions, grouped-query attention."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,8 +92,8 @@ def attention(
   means nothing. Keys and values that `quantize` made int8 come with their scales, which multiply
   scores and weights: a sum over H or S is scaled once, and no keys or values of full size are made.
   Queries go in blocks of at most `BLOCK`; each sees all keys at once, so that its softmax is the
-  same. On a GPU 16-bit arrays go to cuDNN's kernel: no scores, but the mask as an array of 16 bits
-  an entry; never run on several GPUs.
+  same. On one CUDA GPU 16-bit arrays go to cuDNN's kernel, which makes no scores but reads the mask
+  as an array of 16 bits an entry; its gradients may differ in the last bits from run to run.
   """
   B, T = q.shape[:2]
   if _suits_cudnn(q, k):
@@ -116,11 +119,20 @@ def attention(
 
 
 def _suits_cudnn(q: Array, k: Array) -> bool:
-  """Several queries in 16 bits on a GPU; with a mask cuDNN wants even lengths."""
+  """Several queries in 16 bits; with a mask cuDNN wants even lengths."""
   T, H = q.shape[1], q.shape[3]
   even = T > 1 and T % 2 == k.shape[1] % 2 == 0
   same = q.dtype == k.dtype and q.dtype.itemsize == 2
-  return jax.default_backend() == 'gpu' and even and same and H % 8 == 0 and H <= 128
+  return even and same and H % 8 == 0 and H <= 128 and _has_cudnn()
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+  """One CUDA GPU from Ampere on; on several it was never run."""
+  if jax.default_backend() != 'gpu' or jax.device_count() > 1:
+    return False
+  capability = str(getattr(jax.local_devices()[0], 'compute_capability', ''))
+  return re.fullmatch(r'\d+\.\d+', capability) is not None and float(capability) >= 8.0
 
 
 def _attend(q, k, v, mask, k_scale, v_scale):

@@ -194,14 +194,14 @@ def make_plan(objective: Objective, seen: Seen) -> Plan:
   """Thresholds, regimes, advantages and coefficients of one rollout batch.
 
   No comparison with NaN is true, so tokens of which a policy says NaN would be routed around it and
-  have a finite loss: their coefficient is NaN, and with it the loss.
+  have a finite loss: where a signal is not finite the coefficient is NaN, and with it the loss.
   """
   routed = objective.router(seen)
   coef = routed.coef
   if coef is None:
     coef = reduction.coefficients(seen.mask, objective.reduction)
-  said = (*(signals.logp_y for signals in seen.signals.values()), *seen.pairs.values())
-  for values in said:
-    coef = jnp.where(seen.mask & jnp.isnan(values), jnp.nan, coef)
+  said = [x for signals in seen.signals.values() for x in (signals.logp_y, signals.entropy)]
+  for signal in (*said, *seen.pairs.values()):
+    coef = jnp.where(seen.mask & ~jnp.isfinite(signal), jnp.nan, coef)
   old = old_logp(objective.old_logp, seen) if objective.old_logp else None
   return Plan(routed.regime, coef, routed.scalars, routed.token, routed.advantage, old)

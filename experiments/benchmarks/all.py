@@ -52,14 +52,16 @@ RUNS = {
                               '--batch=64', '--new=512'], ''),
       ('step', 'step', ['--vocab=151936', f'--layers={layers},{layers}',
                         f'--widths={student},2048', '--new=512'], ''),
-      ('attention', 'attention', ['--others=xla,cudnn', '--rows=8', '--tokens=4096'], ''),
     )
+  } | {
+    'attention': ('attention', ['--dtype=bfloat16', '--others=xla,cudnn', '--rows=8',
+                                '--tokens=4096'], ''),
   },
   'smoke': {
     'head': ('head', SMALL, ''),
     'head_dense': ('head', [*SMALL, '--dense'], ''),
     'sampler': ('sampler', ['--runs=1', '--new=16'], ''),
-    'step': ('step', ['--steps=4', '--new=8', '--batch=8', '--layers=1,1', '--widths=128,128'], ''),
+    'step': ('step', ['--steps=5', '--new=8', '--batch=8', '--layers=1,1', '--widths=128,128'], ''),
     'score': ('score', ['--runs=1', '--rows=8', '--new=160', '--median=60', '--microbatch=4'], ''),
     'attention': ('attention', ['--runs=1', '--tokens=64'], ''),
   },

@@ -129,5 +129,6 @@ def _peer(command: str) -> dict[str, Any]:
   done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
   if done.returncode:
     raise SystemExit(f'{command} failed:\n{done.stderr[-2000:]}')
-  script = next(pathlib.Path(w).name for w in shlex.split(command) if w.endswith('.py'))
+  words = shlex.split(command)
+  script = next((pathlib.Path(word).name for word in words if word.endswith('.py')), words[-1])
   return {'script': script, **json.loads(done.stdout.strip().splitlines()[-1])}

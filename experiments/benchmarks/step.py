@@ -28,7 +28,9 @@ _HINT = flags.DEFINE_integer('hint', 0, 'Tokens of the hint; the teacher of opd 
 _BATCH = flags.DEFINE_integer('batch', 32, 'Prompts, one completion each.')
 _PROMPT = flags.DEFINE_integer('prompt', 32, 'Tokens of a prompt.')
 _NEW = flags.DEFINE_integer('new', 128, 'Tokens of a completion.')
-_STEPS = flags.DEFINE_integer('steps', 10, 'Training steps; the first three are not counted.')
+_STEPS = flags.DEFINE_integer(
+  'steps', 10, 'Training steps; the first three and the last are not counted.'
+)
 _DTYPE = flags.DEFINE_string('dtype', 'float32', 'Of activations.')
 _TILE = flags.DEFINE_integer('head_tile', 256, 'Tokens whose logits exist at once; 0: automatic.')
 _REMAT = flags.DEFINE_bool('remat', True, 'Compute activations again in the backward pass.')
@@ -88,7 +90,7 @@ def main(argv):
     with harness.Memory() as memory:
       train.train(config, workdir)
     with open(os.path.join(workdir, 'metrics.jsonl')) as file:
-      rows = [json.loads(line) for line in file][-(_STEPS.value - 3) :]
+      rows = [json.loads(line) for line in file][3 - _STEPS.value : -1]
   seconds = [row['time/step_seconds'] for row in rows]
   length = statistics.mean(row['train/completion_length'] for row in rows)
   median = statistics.median(seconds)

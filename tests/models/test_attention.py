@@ -86,7 +86,7 @@ def test_scores_of_all_queries_never_exist(monkeypatch):
 
 
 @pytest.mark.skipif(
-  jax.default_backend() != 'gpu', reason='cuDNN needs a GPU: JAX_PLATFORMS=cuda pytest FILE'
+  jax.default_backend() != 'gpu', reason='cuDNN needs a GPU: DOPD_JAX_TEST_PLATFORM=cuda'
 )
 def test_cudnn_is_as_near_to_float32_as_the_blocks_are(monkeypatch):
   """Values and gradients in bfloat16; a row with padding on its left, queries that look nowhere."""
