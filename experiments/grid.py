@@ -50,6 +50,7 @@ class Experiment:
   metric: str = 'eval/accuracy'  # higher is better; its last value is what is compared
   references: Mapping[str, str] = dataclasses.field(default_factory=dict)  # arm -> its own
   also: Sequence[str] = ()  # other metrics whose last values are shown beside it and drawn
+  looks: Sequence[int] = ()  # steps at which those are tabulated, and what was forgotten since
   contrasts: Sequence[tuple[str, str]] = ()  # (arm, reference): those that are tested
   # Name -> the supervised config that makes the model, one a seed where it names {seed}.
   models: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -4,6 +4,7 @@ choose       an arm's learning rate, from its tuning runs
 estimate     a mean with its 95 % t-interval
 paired       the same of the differences between two arms, seed by seed
 summarise    every arm's final metric, and its difference to its reference's
+forgotten    what an arm once could do and no longer can
 """
 
 import json
@@ -153,6 +154,23 @@ def summarise(experiment: Experiment, results: Sequence[dict[str, Any]]) -> list
         also={name: _last(own, values, name) for name in experiment.also},
       )
     )
+  return found
+
+
+def forgotten(summary: Summary, metric: str, looks: Sequence[int]) -> Estimate:
+  """The best of the looks before the last one, minus the last; over the runs that ended."""
+  each = [[at(summary, metric, step).get(seed) for step in looks] for seed in summary.finals]
+  return estimate([max(before) - last for *before, last in each if None not in (*before, last)])
+
+
+def at(summary: Summary, metric: str, step: int) -> dict[int, float]:
+  """Seed -> the metric at a step, of the runs that ended and have it."""
+  found = {}
+  for result in summary.results:
+    steps, values = report.series(result['rows'], metric)
+    here = values[(steps == step) & np.isfinite(values)]
+    if result['seed'] in summary.finals and len(here):
+      found[result['seed']] = float(here[-1])
   return found
 
 

@@ -12,7 +12,7 @@ from dopd_jax import report
 from dopd_jax.glossary import metric as about
 from experiments.contrasts import Contrast, contrasts
 from experiments.grid import Experiment
-from experiments.results import Estimate, Summary, cells, mean, summarise
+from experiments.results import Estimate, Summary, at, cells, estimate, forgotten, mean, summarise
 
 NONE = '–'
 # Shown where the results have them; short heads, since the table is wide.
@@ -65,12 +65,14 @@ class Table(NamedTuple):
 def tables(
   experiment: Experiment, results: Sequence[dict[str, Any]], tuning: Sequence[dict[str, Any]]
 ) -> list[Table]:
-  """The arms, and the cells of the tuning if there was one."""
+  """The arms; contrasts, looks and the cells of the tuning where there are any."""
   found = summarise(experiment, results)
   rates = {s.arm: {r['learning_rate'] for r in s.results} for s in found}
   made = [_arms_table(experiment, found)]
   if tested := contrasts(experiment.contrasts, results, experiment.metric):
     made.append(_contrasts_table(experiment, tested))
+  if experiment.looks:
+    made.append(_looks_table(experiment, found))
   if tuning:
     made.append(_tuning_table(experiment, tuning, rates))
   return made
@@ -165,6 +167,18 @@ def _contrasts_table(experiment: Experiment, tested: Sequence[Contrast]) -> Tabl
     p = [f'{value:.2g}' for value in (c.p, c.corrected)]
     rows.append([f'{c.arm} - {c.reference}', str(c.difference.n), difference, both, *p])
   return Table('Contrasts, paired by seed; p of sign flips', heads, rows)
+
+
+def _looks_table(experiment: Experiment, found: Sequence[Summary]) -> Table:
+  rows = []
+  for s in found:
+    for step in experiment.looks:
+      each = [(name, estimate(list(at(s, name, step).values()))) for name in experiment.also]
+      rows.append([f'{s.arm}, step {step}', *(interval(*x) for x in each)])
+    lost = [(name, forgotten(s, name, experiment.looks)) for name in experiment.also]
+    rows.append([f'{s.arm}, forgotten', *(interval(*x, '+') for x in lost)])
+  heads = ['arm', *(_head(name) for name in experiment.also)]
+  return Table('By step; forgotten: the best before, minus the last', heads, rows)
 
 
 def _tuning_table(

@@ -132,6 +132,33 @@ def test_stopped_runs_count_in_no_mean_and_are_told():
   draw.figure(EXPERIMENT, found).savefig(os.devnull, format='png')
 
 
+def test_what_was_forgotten_by_hand():
+  """Of the best look before the last: .9 - .6 and .8 - .9; a stopped run does not count."""
+  experiment = dataclasses.replace(EXPERIMENT, also=('eval/accuracy/plus',), looks=(1, 2, 3))
+
+  def looked(seed, *values, **more):
+    made = result('opd', seed, 0.5, **more)
+    made['rows'] += [
+      {'step': step, 'eval/accuracy/plus': value} for step, value in enumerate(values, 1)
+    ]
+    return made
+
+  found = [looked(0, 0.9, 0.7, 0.6), looked(1, 0.5, 0.8, 0.9), looked(2, 0.9, 0.9, 0, stopped='x')]
+  (arm,) = results.summarise(experiment, found)
+  got = results.forgotten(arm, 'eval/accuracy/plus', (1, 2, 3))
+  assert (got.n, got.mean) == (2, pytest.approx(0.1))
+  _, looks = tables.tables(experiment, found, [])
+  assert [row[0] for row in looks.rows] == [
+    'opd, step 1',
+    'opd, step 2',
+    'opd, step 3',
+    'opd, forgotten',
+  ]
+  # t(0.975; 1) = 12.7062 times half of each pair's distance: .4, .1, .3 and .4
+  cells = ['70.0 ± 254.1', '75.0 ± 63.5', '75.0 ± 190.6', '+10.0 ± 254.1']
+  assert [row[1] for row in looks.rows] == cells
+
+
 def test_one_seed_has_no_interval_and_an_arm_without_results_no_row():
   alone = tables.tables(EXPERIMENT, [result('dopd', 0, 0.4)], [])[0].rows
   assert alone == [['dopd', '0.0005', '1', '50.0', '40.0 ± –', '–', '0.4']]

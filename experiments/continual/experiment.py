@@ -23,4 +23,5 @@ EXPERIMENT = study.study(
     }.items()
   },
   also=tuple(f'eval/accuracy/{name}' for name in ('plus', 'minus', 'times', 'longer')),
+  looks=(50, 100, 150),
 )
