@@ -52,7 +52,7 @@ def get_config(arg=''):
   c.microbatch = 64
   c.steps = 4000
   c.evaluation.every = 500 if teacher else 100
-  c.evaluation.stop_at = 0.0 if teacher else 0.55
+  c.evaluation.stop_at = 0.0 if teacher else 0.5
   c.checkpoint.every = 500
   c.log.every = 100
   if a.smoke:
