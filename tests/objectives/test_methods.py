@@ -159,3 +159,18 @@ def test_plan_covers_exactly_the_mask():
   plan = objectives.make_plan(objectives.Opd().build(), objectives.Seen({}, mask))
   np.testing.assert_array_equal(plan.regime, [[0, 0, -1], [-1, -1, -1]])
   np.testing.assert_allclose(plan.coef, [[0.5, 0.5, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('signal', ['logp_y', 'entropy', 'pair'])
+def test_a_signal_that_is_not_finite_takes_its_token_alone(signal, value):
+  """The coefficient is NaN where a token carries loss, and stays 0 where it is masked."""
+  mask = jnp.asarray([[True, True, False], [True, False, False]])
+  bad = jnp.zeros(mask.shape).at[0, 1:].set(value)
+  zeros = jnp.zeros(mask.shape)
+  given = {name: bad if name == signal else zeros for name in ('logp_y', 'lse', 'entropy')}
+  seen = objectives.Seen(
+    {'T': objectives.grammar.Signals(**given)}, mask, {'pair': bad if signal == 'pair' else zeros}
+  )
+  plan = objectives.make_plan(objectives.Opd().build(), seen)
+  np.testing.assert_allclose(plan.coef, [[0.25, np.nan, 0], [0.5, 0, 0]])
