@@ -111,12 +111,17 @@ class Run:
     return runs / kind / f'{self.name}-{self.config_hash[:8]}'
 
 
+def names() -> list[str]:
+  """All that are declared; those with contrasts named beforehand come first."""
+  found = sorted(p.parent.name for p in (ROOT / 'experiments').glob('*/experiment.py'))
+  return sorted(found, key=lambda name: not load(name).contrasts)
+
+
 def load(name: str) -> Experiment:
   """The experiment of `experiments/NAME/experiment.py`; raises `UserError` if there is none."""
   path = ROOT / 'experiments' / name / 'experiment.py'
   if not path.exists():
-    known = [p.parent.name for p in path.parent.parent.glob('*/experiment.py')]
-    raise UserError(configs.unknown('experiment', name, known))
+    raise UserError(configs.unknown('experiment', name, [*names(), 'all']))
   return module(path).EXPERIMENT
 
 
@@ -127,11 +132,11 @@ def make_config(
   rate: float | None = None,
   *,
   tuning: bool = False,
-  smoke: bool = False,
+  quick: bool = False,
 ) -> Config:
   """The validated config of a cell; raises `UserError` for a change that the config has no key for.
 
-  Later ones win: the base, the experiment's changes, the arm's, the tuning's, the rate. In a smoke
+  Later ones win: the base, the experiment's changes, the arm's, the tuning's, the rate. In a quick
   run, settings that the base's `smoke` makes small stay small.
   """
   path = ROOT / experiment.base
@@ -147,7 +152,7 @@ def make_config(
   if rate is not None:
     changes[RATE] = rate
   try:
-    if smoke:
+    if quick:
       full, cfg = cfg, get_config(f'{words},smoke')
       changes = {k: v for k, v in changes.items() if _get(full, k) == _get(cfg, k)}
     cfg.update_from_flattened_dict(changes)
@@ -167,11 +172,11 @@ def tuning_runs(experiment: Experiment, arms: Sequence[str]) -> list[Run]:
   ]
 
 
-def final_runs(experiment: Experiment, rates: Mapping[str, float | None], smoke=False) -> list[Run]:
-  """Every arm of `rates` at its rate (None: the base's), on the seeds; on the first for a smoke."""
+def final_runs(experiment: Experiment, rates: Mapping[str, float | None], quick=False) -> list[Run]:
+  """Every arm of `rates` at its rate (None: the base's), on the seeds; the first only if quick."""
   return [
-    Run(arm, seed, make_config(experiment, arm, seed, rate, smoke=smoke))
-    for seed in experiment.seeds[: 1 if smoke else None]
+    Run(arm, seed, make_config(experiment, arm, seed, rate, quick=quick))
+    for seed in experiment.seeds[: 1 if quick else None]
     for arm, rate in rates.items()
   ]
 

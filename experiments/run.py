@@ -1,10 +1,12 @@
 r"""Runs a comparison and writes its results, table and figure.
 
   python -m experiments.run NAME --jobs=2
-  python -m experiments.run NAME --arms=opd,dopd --smoke
+  python -m experiments.run NAME --arms=opd,dopd --seeds=0,1
+  python -m experiments.run all --quick --jobs=2              # two steps an arm: do all still run?
   python -m experiments.run NAME --report_only
 
-`experiments/NAME/experiment.py` says what is compared; NAME may also be the path of a folder.
+`experiments/NAME/experiment.py` says what is compared; NAME may also be the path of a folder, or
+`all`: those with contrasts named beforehand come first.
 Models that it starts from are made first, where they are missing. Then every arm is trained at
 every learning rate on the tuning seeds, and the rate with the best mean final metric is taken; then
 every arm is trained on every seed. A run writes one JSON file when it has ended, under `results/`
@@ -20,7 +22,7 @@ import dataclasses
 import pathlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 from rich.console import Console
@@ -40,15 +42,15 @@ def walk(
   out: pathlib.Path,
   execute: workers.Execute,
   console: Console,
-  smoke: bool = False,
+  quick: bool = False,
 ) -> None:
   """Tunes, then runs, the arms; what has a result is skipped.
 
   Raises:
     UserError: a config is wrong, or a result is that of another config; nothing has run then.
   """
-  tuning = [] if smoke else grid.tuning_runs(experiment, arms)
-  planned = grid.final_runs(experiment, dict.fromkeys(arms), smoke)  # their rates come later
+  tuning = [] if quick else grid.tuning_runs(experiment, arms)
+  planned = grid.final_runs(experiment, dict.fromkeys(arms), quick)  # their rates come later
   with common.bar(console) as bar:
     task = bar.add_task('', total=len(tuning) + len(planned))
 
@@ -96,34 +98,52 @@ def write(
   console.print(f'Wrote {out / "table.md"}, curves and finals as .png', soft_wrap=True)
 
 
+def chosen(flag: str, wanted: Sequence[str], known: Mapping[str, Sequence]) -> dict[str, list]:
+  """What a flag leaves of each experiment; all where it is not given.
+
+  Args:
+    flag: its name.
+    wanted: its value.
+    known: experiment -> the arms or seeds that it has.
+
+  Raises:
+    UserError: no experiment has one of them.
+  """
+  there = {str(x) for each in known.values() for x in each}
+  for one in wanted:
+    if one not in there:
+      raise UserError(configs.unknown(f'{flag[:-1]} in --{flag}', one, there))
+  return {name: [x for x in each if not wanted or str(x) in wanted] for name, each in known.items()}
+
+
 def main() -> None:
   """The command."""
   if not _NAME:
     raise UserError('name an experiment first: python -m experiments.run NAME --flag=value')
-  experiment = grid.load(_NAME)
-  arms = FLAGS.arms or list(experiment.arms)
-  for arm in arms:
-    if arm not in experiment.arms:
-      raise UserError(configs.unknown('arm in --arms', arm, experiment.arms))
-  out = pathlib.Path('experiments') / _NAME
-  kept = out.with_name(experiment.pool) if experiment.pool else out
-  runs = pathlib.Path('runs/experiments') / kept.name
-  if FLAGS.out or FLAGS.smoke:
-    out = kept = pathlib.Path(FLAGS.out or tempfile.mkdtemp(prefix=f'{out.name}-smoke-'))
-    runs = out / 'runs'
-  runs = pathlib.Path(FLAGS.runs) if FLAGS.runs else runs
+  experiments = {name: grid.load(name) for name in (grid.names() if _NAME == 'all' else [_NAME])}
+  arms = chosen('arms', FLAGS.arms, {name: list(e.arms) for name, e in experiments.items()})
+  seeds = chosen('seeds', FLAGS.seeds, {name: e.seeds for name, e in experiments.items()})
+  elsewhere = FLAGS.out or (tempfile.mkdtemp(prefix='quick-') if FLAGS.quick else '')
+  runs = pathlib.Path(FLAGS.runs or (f'{elsewhere}/runs' if elsewhere else 'runs/experiments'))
   console = Console()
   if not FLAGS.report_only:
     common.end_by_interrupt()
-    try:
-      if not FLAGS.smoke:
-        models.prepare(experiment, models.in_processes(FLAGS.jobs), console)
-      execute = workers.in_processes(FLAGS.jobs, kept, runs, common.commit())
-      walk(experiment, arms, kept, execute, console, FLAGS.smoke)
-    except KeyboardInterrupt:
-      console.print('Stopped; the same command goes on from here.')
-      raise
-  write(experiment, _NAME, kept, out, console)
+  for name, experiment in experiments.items():
+    if not arms[name] or not seeds[name]:
+      continue
+    out = pathlib.Path(elsewhere or 'experiments', pathlib.Path(name).name if elsewhere else name)
+    kept = out.with_name(experiment.pool or out.name)
+    if not FLAGS.report_only:
+      execute = workers.in_processes(FLAGS.jobs, kept, runs / kept.name, common.commit())
+      fewer = dataclasses.replace(experiment, seeds=seeds[name])
+      try:
+        if not FLAGS.quick:
+          models.prepare(fewer, models.in_processes(FLAGS.jobs), console)
+        walk(fewer, arms[name], kept, execute, console, FLAGS.quick)
+      except KeyboardInterrupt:
+        console.print('Stopped; the same command goes on from here.')
+        raise
+    write(experiment, name, kept, out, console)
 
 
 if __name__ == '__main__':
@@ -131,12 +151,9 @@ if __name__ == '__main__':
   _NAME = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith('-') else ''
   flags.DEFINE_integer('jobs', 1, 'Processes; more than one for CPU only.', lower_bound=1)
   flags.DEFINE_list('arms', [], 'The arms to run; all if empty. Others keep their results.')
-  flags.DEFINE_string(
-    'out', '', "Where everything goes; experiments/NAME, or its pool's, if empty."
-  )
-  flags.DEFINE_string(
-    'runs', '', 'Workdirs; OUT/runs with --out, else runs/experiments/NAME or POOL.'
-  )
-  flags.DEFINE_bool('smoke', False, 'One short run an arm, without tuning; a new folder as --out.')
+  flags.DEFINE_list('seeds', [], 'The seeds to run, of those declared; all if empty.')
+  flags.DEFINE_string('out', '', 'Folder below which everything goes; experiments if empty.')
+  flags.DEFINE_string('runs', '', 'Workdirs; OUT/runs with --out, else runs/experiments.')
+  flags.DEFINE_bool('quick', False, 'Two steps an arm, one seed, no tuning; a new folder as --out.')
   flags.DEFINE_bool('report_only', False, 'Makes table.md and the figures from the result files.')
   cli.run(main)

@@ -117,13 +117,20 @@ def _is_seconds(name: str) -> bool:
 
 
 class Worker:
-  """A process that takes one run after another; it ends when the command does."""
+  """A process that takes one run after another; it ends when the command does.
 
-  def __init__(self, out: pathlib.Path, runs: pathlib.Path, commit: str):
+  Args:
+    cores: that it keeps to; all if empty.
+    out: where results go.
+    runs: where workdirs lie.
+    commit: the code's.
+  """
+
+  def __init__(self, cores: Sequence[int], out: pathlib.Path, runs: pathlib.Path, commit: str):
     # Nothing is shared between workers: one that is killed can hold no lock of another.
     spawn = multiprocessing.get_context('spawn')
     self.pipe, theirs = spawn.Pipe()
-    self._process = spawn.Process(target=_work, args=(theirs, out, runs, commit))
+    self._process = spawn.Process(target=_work, args=(theirs, cores, out, runs, commit))
     self._process.start()
     theirs.close()
     self.run: Run | None = None
@@ -160,15 +167,16 @@ class Worker:
 
 
 def in_processes(count: int, out: pathlib.Path, runs: pathlib.Path, commit: str) -> Execute:
-  """Trains in `count` processes."""
+  """Trains in `count` processes, each with its share of the cores: one where there is one each."""
+  cores = shares(_cores(), count)
 
   def execute(todo: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
     waiting = list(reversed(todo))
     next_run = lambda: waiting.pop() if waiting else None
     workers: dict[Any, Worker] = {}
     try:
-      for _ in range(min(count, len(todo))):
-        worker = Worker(out, runs, commit)
+      for i in range(min(count, len(todo))):
+        worker = Worker(cores[i], out, runs, commit)
         workers[worker.pipe] = worker
         worker.give(next_run())
       while busy := [pipe for pipe, worker in workers.items() if worker.run]:
@@ -187,8 +195,22 @@ def in_processes(count: int, out: pathlib.Path, runs: pathlib.Path, commit: str)
   return execute
 
 
-def _work(pipe: Any, out: pathlib.Path, runs: pathlib.Path, commit: str) -> None:
+def shares(cores: Sequence[int], count: int) -> list[Sequence[int]]:
+  """Cores dealt to `count` processes; where there are more processes, several keep to one."""
+  return [cores[i % len(cores) :: count] if cores else () for i in range(count)]
+
+
+def _cores() -> list[int]:
+  # Not every system can tell them.
+  return sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
+
+
+def _work(
+  pipe: Any, cores: Sequence[int], out: pathlib.Path, runs: pathlib.Path, commit: str
+) -> None:
   """What a worker does."""
+  if cores:  # before JAX asks how many there are
+    os.sched_setaffinity(0, cores)
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which ends its own
   threading.Thread(target=_end_with_parent, daemon=True).start()
   cli.keep_compilations()

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
@@ -250,10 +247,10 @@ def test_other_metrics_stand_beside_it(tmp_path):
   assert table.rows[0][table.heads.index('entropy/S')] == '0.5 ± 3.177'
 
 
-def test_a_smoke_run_is_small_and_does_not_tune(tmp_path):
+def test_a_quick_run_is_small_and_does_not_tune(tmp_path):
   more = {'data.train': 'nowhere', 'objective.temperature': 2.0}
   experiment = dataclasses.replace(EXPERIMENT, changes=EXPERIMENT.changes | more)
-  ran = walk(tmp_path, Trainer(), experiment, smoke=True)
+  ran = walk(tmp_path, Trainer(), experiment, quick=True)
   assert [(c.objective.name, c.seed, c.steps) for c in ran] == [('opd', 0, 2), ('dopd', 0, 2)]
   assert all('size=64' in c.data.train and c.objective.temperature == 2.0 for c in ran)
 
@@ -307,8 +304,8 @@ def test_no_tuning_sees_its_test_set():
 
 
 @pytest.mark.parametrize('name', sorted(DECLARED))
-def test_a_smoke_run_of_every_declared_experiment_is_valid(name):
-  runs = grid.final_runs(DECLARED[name], dict.fromkeys(DECLARED[name].arms), smoke=True)
+def test_a_quick_run_of_every_declared_experiment_is_valid(name):
+  runs = grid.final_runs(DECLARED[name], dict.fromkeys(DECLARED[name].arms), quick=True)
   assert [r.arm for r in runs] == list(DECLARED[name].arms)
 
 
@@ -391,62 +388,3 @@ def test_a_model_that_did_not_become_what_it_should_is_an_error(tmp_path, monkey
     )
     with pytest.raises(UserError, match=words):
       models.prepare(EXPERIMENT, execute, Console(quiet=True), tmp_path / str(breaks))
-
-
-# -------------------------------------------------------------------------------------- the command
-
-
-def command(*args, code=0):
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1', 'COLUMNS': '160'}
-  words = [sys.executable, '-m', 'experiments.run', *map(str, args)]
-  done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
-  assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
-  return done
-
-
-def test_mistakes_on_the_command_line_are_one_sentence():
-  for args, words in (
-    ([], 'name an experiment first'),
-    (['method'], "unknown experiment 'method': did you mean 'methods'?"),
-    (['methods', '--arms=opd,dopdd'], "unknown arm in --arms 'dopdd': did you mean 'dopd'?"),
-  ):
-    told = command(*args, code=2).stderr.strip()
-    assert told.startswith('error: ') and words in told and '\n' not in told
-
-
-FOLDER = """
-from experiments.grid import Arm, Experiment
-
-EXPERIMENT = Experiment(
-  question='Which?',
-  base='configs/quickstart.py',
-  arms={
-    'opd': Arm('method=opd'),
-    'dopd': Arm('method=dopd', {'objective.k': 5}),
-    'broken': Arm('method=opd', {'student.path': 'nowhere'}),
-  },
-)
-"""
-
-
-@pytest.mark.slow
-def test_the_command_runs_goes_on_and_tells_a_mistake_of_a_run(tmp_path):
-  (tmp_path / 'small').mkdir()
-  (tmp_path / 'small' / 'experiment.py').write_text(FOLDER)
-  out = tmp_path / 'out'
-  args = (tmp_path / 'small', '--smoke', f'--out={out}', '--jobs=2')
-  told = command(*args, '--arms=opd,dopd').stdout
-  assert 'opd.seed0: ' in told and 'dopd.seed0: ' in told
-  finals = [json.loads(p.read_text()) for p in sorted((out / 'results').glob('*.json'))]
-  assert [r['arm'] for r in finals] == ['dopd', 'opd']
-  assert finals[0]['config']['objective']['k'] == 5
-  assert all(r['rows'][-1]['step'] == 2 and r['device'] for r in finals)
-  page = (out / 'table.md').read_text()
-  assert '| dopd | 0.0005 | 1 |' in page and 'Not run yet: broken.' in page
-  assert (out / 'curves.png').exists()
-
-  (out / 'results' / 'dopd.seed0.json').unlink()
-  told = command(*args, '--arms=opd,dopd').stdout
-  assert 'dopd.seed0: ' in told and '\nopd.seed0: ' not in f'\n{told}'
-  told = command(*args, code=2).stderr.strip()
-  assert told.startswith('error: ') and 'nowhere' in told and '\n' not in told
