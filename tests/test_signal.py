@@ -12,8 +12,9 @@ from experiments import grid
 from experiments.signal import __main__ as signal
 
 
-def example(prompt):
-  return Example(0, Record(id=prompt, prompt=prompt), [], [])
+def example(prompt, *routes):
+  extra = {'route': routes[0], 'other_route': routes[1] if routes[1:] else None, 'modulus': 7}
+  return Example(0, Record(id=prompt, prompt=prompt, extra=extra), [], [])
 
 
 def test_a_plan_token_is_told_where_only_the_hint_says_which_chain_is_meant():
@@ -23,12 +24,32 @@ def test_a_plan_token_is_told_where_only_the_hint_says_which_chain_is_meant():
   words = ['a', '3', 'b', '4', tokenizer.eos_token, 'a']
   tokens = np.array([tokenizer.convert_tokens_to_ids(words)] * 2)
   mask = np.array([[1, 1, 1, 1, 1, 0]] * 2, bool)
-  kinds = signal.kinds([example(one), example(two)], tokenizer, tokens, mask)
+  kinds = signal.kinds([example(one, 'ab'), example(two, 'ab', 'cb')], tokenizer, tokens, mask)
   of = lambda kind: kinds[kind].astype(int).tolist()
   assert of('execution') == [[0, 1, 0, 1, 0, 0]] * 2
   assert of('plan') == [[1, 0, 1, 0, 0, 0]] * 2
   assert of('told') == [[0] * 6, [1, 0, 0, 0, 0, 0]]
   assert of('untold') == [[1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+
+
+def test_a_token_is_wrong_where_it_does_not_follow_from_what_was_written():
+  tokenizer = tasks.plan_execute.tokenizer()
+  prompt = 'a = 3\nb a +1\nc = 2\nb c +2\nd = 6\n? b'
+  answers = {  # a wrong value is wrong once; what follows from it is right
+    'a 3 b 4': [1, 1, 1, 1],
+    'c 2 b 4': [1, 1, 1, 1],
+    'a 5 b 6': [1, 0, 1, 1],
+    'a 3 b 5': [1, 1, 1, 0],
+    'd 6 b 4': [0, 1, 1, 0],
+    'a 3 a 3': [1, 1, 0, 1],
+    'a 3 4 b': [1, 1, 0, 0],
+  }
+  words = [answer.split() for answer in answers]
+  tokens = np.array([tokenizer.convert_tokens_to_ids(w) for w in words])
+  examples = [example(prompt, 'ab', 'cb')] * len(words)
+  kinds = signal.kinds(examples, tokenizer, tokens, np.ones_like(tokens, bool))
+  assert kinds['right'].astype(int).tolist() == list(answers.values())
+  assert (kinds['wrong'] == ~kinds['right']).all()
 
 
 def test_auroc_is_the_share_of_pairs_in_order():
@@ -67,6 +88,10 @@ def test_a_pair_is_measured_and_drawn(tmp_path):
   assert learned['told over other plan'] > 0.6
   # What a hint tells shows where it is the only one to tell.
   assert found['auroc']['told over other plan']['JS(Sp, S)'] > 0.6
+  assert all(abs(sum(shares.values()) - 1) < 1e-9 for shares in found['regimes'].values())
+  # A regime of large gaps has larger ones than a regime of small gaps.
+  gap, regime, mask = (looked.signal['gap'], looked.signal['regime'], looked.kind['plan'])
+  assert gap[mask & (regime >= 2)].min() > gap[mask & (regime < 2) & (regime >= 0)].max()
   other = {**found, 'seed': 1}
   assert '| `gap` | ' in signal.page([found, other])
   signal.picture([found, other]).savefig(tmp_path / 'signals.png')

@@ -5,7 +5,9 @@ r"""Does a large gap mean capability? Signals against what each token is by cons
 
 Each student, before any distillation, answers problems at temperature 1; all four policies score
 its tokens. A token is a plan (a variable) or an execution (a value); the first plan token is `told`
-where two chains lead to the query, so that only the hint says which one is meant.
+where two chains lead to the query, so that only the hint says which one is meant. It is wrong where
+it does not follow: a variable that no route has at this place, a value that is not that of its
+definition at the values stated before. DOPD's regimes are those of all problems as one batch.
 
 On the two students of the tuning, and on training problems, a router is learned from three signals,
 told tokens against all others, by logistic regression: `router.json`, for `hint_routing` with
@@ -29,7 +31,8 @@ from dopd_jax import cli, collate, diagnose, evaluation, policies, sharding, wor
 from dopd_jax import config as configs
 from dopd_jax.config import Config
 from dopd_jax.errors import UserError
-from dopd_jax.losses import rules
+from dopd_jax.losses import routing, rules
+from dopd_jax.losses.routing import Regime
 from dopd_jax.objectives import Compare, Objective, View, hint_routing
 from dopd_jax.objectives.grammar import Routed, Seen, all_tokens
 from dopd_jax.tasks import plan_execute
@@ -40,6 +43,8 @@ FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).parent
 MICROBATCH = 100
 GAP, SIGNED = 'gap', 'signed gap'  # |log Tp(y) - log Sp(y)|, and without the bars
+REGIME = 'regime'  # DOPD's, at its defaults
+REGIMES = [regime for regime in Regime if regime is not Regime.MASKED]
 PAIRS = {
   'JS(Tp, Sp)': Compare('Sp', 'Tp', 'js'),
   'JS(Sp, S)': Compare('S', 'Sp', 'js'),
@@ -53,16 +58,19 @@ QUESTIONS = {
   'execution over plan': ('execution', 'plan'),
   'execution over told': ('execution', 'told'),
   'told over other plan': ('told', 'untold'),
-  'wrong over right answers': ('wrong', 'right'),
+  'wrong over right': ('wrong', 'right'),
 }
+SHOWN = ('execution', 'untold', 'told', 'right', 'wrong')  # kinds whose regimes are told
 
 
 def everything() -> Objective:
   """An objective that only looks: all views, all pairs, one rule."""
 
   def router(seen: Seen) -> Routed:
-    signed = seen.signals['Tp'].logp_y - seen.signals['Sp'].logp_y
-    return Routed(all_tokens(seen.mask), {}, {**seen.pairs, SIGNED: signed, GAP: abs(signed)})
+    logps = [seen.signals[view].logp_y for view in ('Sp', 'Tp')]
+    signed = logps[1] - logps[0]
+    found = {SIGNED: signed, GAP: abs(signed), REGIME: routing.route(*logps, seen.mask).regime}
+    return Routed(all_tokens(seen.mask), {}, {**seen.pairs, **found})
 
   return Objective(
     name='everything',
@@ -111,7 +119,6 @@ def look(config: Config) -> Looked:
     mask, tokens, found = collate.fetch((batch.mask, batch.tokens, scored.plan.token))
   right = evaluation.rewards(examples, evaluation.decode(pair.tokenizer, tokens, mask)) >= 0.5
   kind = kinds(examples, pair.tokenizer, tokens, mask)
-  kind |= {'right': mask & right[:, None], 'wrong': mask & ~right[:, None]}
   if few := [name for name, here in kind.items() if not here.any()]:
     raise UserError(f'there are no tokens of kind {few[0]}: give more --records')
   return Looked(config.seed, right, kind, found)
@@ -155,21 +162,35 @@ def measure(student: Looked, coefficients: Sequence[float]) -> dict[str, Any]:
     'mean': {
       name: {k: float(found[name][here].mean()) for k, here in kind.items()} for name in SIGNALS
     },
+    'regimes': {
+      k: {r.name: float((found[REGIME][kind[k]] == r).mean()) for r in REGIMES} for k in SHOWN
+    },
   }
 
 
 def kinds(examples, tokenizer, tokens, mask) -> dict[str, np.ndarray]:
-  """[B, N] bool of every kind: `plan` is `told` and `untold` together."""
-  found = {name: np.zeros(mask.shape, bool) for name in ('plan', 'execution', 'told', 'untold')}
+  """[B, N] bool of every kind: `plan` is `told` and `untold`, `right` and `wrong` both are all."""
+  names = ('plan', 'execution', 'told', 'untold', 'right', 'wrong')
+  found = {name: np.zeros(mask.shape, bool) for name in names}
   for b, example in enumerate(examples):
-    definitions, query = plan_execute.parse(example.record.prompt)
+    prompt, extra = example.record.prompt, example.record.extra
+    definitions, query = plan_execute.parse(prompt)
     two_chains = sum(d.variable == query for d in definitions) > 1
     words = tokenizer.convert_ids_to_tokens(tokens[b])
+    values_right = 0
     for n, kind in enumerate(plan_execute.token_kinds(example.record, words)):
-      if mask[b, n] and kind in found:
-        found[kind][b, n] = True
-        if kind == 'plan':
-          found['told' if two_chains and n == 0 else 'untold'][b, n] = True
+      if not mask[b, n] or kind not in found:
+        continue
+      found[kind][b, n] = True
+      if kind == 'plan':
+        found['told' if two_chains and n == 0 else 'untold'][b, n] = True
+        routes = (extra['route'], extra['other_route'] or [])
+        right = any(n % 2 == 0 and words[n] in route[n // 2 : n // 2 + 1] for route in routes)
+      else:
+        stated = plan_execute.score(prompt, ' '.join(words[: n + 1]), extra['modulus'])
+        before, values_right = values_right, round(stated.execution * ((n + 1) // 2))
+        right = values_right > before
+      found['right' if right else 'wrong'][b, n] = True
   return found
 
 
@@ -199,6 +220,16 @@ def page(found: list[dict[str, Any]]) -> str:
     cells = [by_question[q][name] for q in QUESTIONS]
     text = ' | '.join(f'{c.mean:.3f} ± {c.half:.3f}' for c in cells)
     lines.append(f'| `{name}` | {text} |')
+  lines += [
+    '',
+    'Where DOPD sends them: share of the tokens of each kind, mean over the students.',
+    '',
+    f'| tokens | {" | ".join(r.name for r in REGIMES)} |',
+    f'|---|{"---:|" * len(REGIMES)}',
+  ]
+  for kind in SHOWN:
+    shares = [np.mean([f['regimes'][kind][r.name] for f in found]) for r in REGIMES]
+    lines.append(f'| {kind} | {" | ".join(f"{share:.3f}" for share in shares)} |')
   return '\n'.join(lines) + '\n'
 
 
