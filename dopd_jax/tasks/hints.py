@@ -30,6 +30,15 @@ def results_in(solution: str) -> set[float]:
   return {value for line in solution.splitlines() for value in _results(line)}
 
 
+def result_spans(solution: str) -> list[tuple[int, int]]:
+  """Where those numbers stand in the text: (start, end) in characters, ascending."""
+  spans, start = [], 0
+  for line in solution.splitlines(keepends=True):
+    spans += [(start + m.start('first'), start + m.end('first')) for m in _lone_results(line)]
+    start += len(line)
+  return spans
+
+
 def steps_without_results(solution: str, problem: str, answer: str) -> str:
   """Numbered steps of a worked solution, with every result taken out.
 

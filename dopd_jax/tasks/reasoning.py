@@ -15,7 +15,7 @@ from typing import Any
 from dopd_jax.errors import UserError
 from dopd_jax.tasks import judge
 from dopd_jax.tasks.common import field, in_split
-from dopd_jax.tasks.hints import steps_without_results
+from dopd_jax.tasks.hints import result_spans, steps_without_results
 
 HINTS = ('steps', 'none', 'answer', 'answer_steps', 'full', 'shuffled', 'partial')
 _NEEDS_SOLUTION = ('steps', 'answer_steps', 'full', 'shuffled', 'partial')
@@ -120,6 +120,29 @@ def verify(record: Any, completion: str) -> float:
     ) from None
   # Some families give 0.01 to whatever looks like an answer: that is no part of being right.
   return 0.0 if reward <= 0.01 else min(reward, 1.0)
+
+
+def token_kinds(record: Any, completion_pieces: list[str]) -> list[str]:
+  """'execution' for what a step arrives at, 'plan' for the rest of it, 'other' outside of steps.
+
+  Outside are blanks and the line `#### answer`, which repeats what the last step arrived at.
+
+  Args:
+    record: of any family.
+    completion_pieces: tokens as text, blanks included: joined they are the completion. One that
+      holds a part of a result is execution.
+  """
+  del record  # a result stands alone after an equals sign
+  text = ''.join(completion_pieces)
+  spans, kinds, start = result_spans(text), [], 0
+  steps_end = match.start() if (match := re.search(r'^\s*####', text, re.M)) else len(text)
+  for piece in completion_pieces:
+    end = start + len(piece)
+    arrives = any(first < end and start < last for first, last in spans)
+    step = start < steps_end and piece.strip()
+    kinds.append('execution' if arrives else 'plan' if step else 'other')
+    start = end
+  return kinds
 
 
 def exact(record: Any, completion: str) -> float:

@@ -119,6 +119,21 @@ def test_chains_of_sums(family):
     assert not hint_numbers(record['privileged_context']) - numbers(record['prompt'])
 
 
+@pytest.mark.parametrize('piece', [r'\d', r'\d+'])
+def test_every_token_of_a_chain_has_its_kind(piece):
+  """Execution is what stands at the end of a line, whether a token is a digit or a number."""
+  for record in make_records('chain_sum', 50, 0):
+    pieces = re.findall(rf'{piece}|\s+|[^\s\d]+', record['completion'])
+    kinds = reasoning.token_kinds(record, pieces)
+    of = lambda kind, pieces=pieces, kinds=kinds: [p for p, k in zip(pieces, kinds) if k == kind]
+    lines = record['completion'].splitlines()[:-1]
+    assert ''.join(of('execution')) == ''.join(re.search(r'\d+$', line)[0] for line in lines)
+    # A minus in front of a result is left to the plan, which has the operators.
+    work = ''.join(re.sub(r'\d+$', '', line) for line in lines)
+    assert ''.join(of('plan')) == work.replace(' ', '')
+    assert ''.join(of('other')).replace(' ', '').split('\n')[-1] == f'####{record["answer"]}'
+
+
 def test_hints():
   by_hint = {hint: make_records('gsm_symbolic', 6, 1, hint=hint) for hint in reasoning.HINTS}
   contexts = {hint: [r['privileged_context'] for r in rows] for hint, rows in by_hint.items()}
