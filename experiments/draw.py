@@ -1,7 +1,7 @@
 """Results as figures: how each arm went, `curves.png`, and where all ended, `finals.png`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,24 +103,18 @@ def finals(experiment: Experiment, results: Sequence[dict[str, Any]], title: str
   means = {summary.arm: summary.final.mean for summary in found}
   drawn = Figure(figsize=(7.2, 0.34 * len(found) + 1.3), layout='constrained')
   axes = drawn.add_subplot()
+  rows(axes, {summary.arm: list(summary.finals.values()) for summary in found})
   for row, summary in enumerate(found):
-    values, mean = list(summary.finals.values()), summary.final
     place = (row - 0.5, row + 0.5)
     axes.plot([summary.start] * 2, place, color=SOFT, ls=(0, (2, 1.5)), lw=1)
     axes.plot([means.get(experiment.reference(summary.arm), math.nan)] * 2, place, color=REFERENCE)
-    axes.plot(values, [row] * len(values), 'o', color=REFERENCE, ms=4, alpha=0.75, mew=0)
-    if mean.n:
-      half = mean.half if math.isfinite(mean.half) else 0.0
-      axes.errorbar(mean.mean, row, xerr=half, fmt='s', color=BLUE, ms=5.5, lw=1.6)
   # By the seeds: the interval of three can be many times wider than all of them.
   values = [value for s in found for value in (*s.finals.values(), s.start) if math.isfinite(value)]
   if values:
     margin = 0.15 * (max(values) - min(values)) or 0.05
     axes.set_xlim(min(values) - margin, max(values) + margin)
-  axes.set_yticks(range(len(found)), [s.arm for s in found], fontsize=9)
-  axes.invert_yaxis()
   if is_share(metric):
-    axes.xaxis.set_major_formatter(lambda value, _: f'{100 * value:.3g} %')
+    axes.xaxis.set_major_formatter(percent)
   axes.set_title(
     f'{title}: {about(metric).label}' if title else about(metric).label,
     loc='left',
@@ -136,13 +130,36 @@ def finals(experiment: Experiment, results: Sequence[dict[str, Any]], title: str
     loc='left',
     parse_math=False,
   )
-  axes.tick_params(labelsize=9, colors=SOFT, length=0)
-  axes.tick_params(axis='y', labelcolor=INK)
+  return drawn
+
+
+def rows(axes: Axes, values: Mapping[str, Sequence[float]]) -> None:
+  """A row a name: its values as dots, their mean with its 95 % t-interval."""
+  for row, each in enumerate(values.values()):
+    mean = estimate(each)
+    axes.plot(each, [row] * len(each), 'o', color=REFERENCE, ms=4, alpha=0.75, mew=0)
+    if mean.n:
+      half = mean.half if math.isfinite(mean.half) else 0.0
+      axes.errorbar(mean.mean, row, xerr=half, fmt='s', color=BLUE, ms=5.5, lw=1.6)
+  name_rows(axes, values)
   axes.grid(axis='x', color=RULE, lw=0.7)
   axes.set_axisbelow(True)
+
+
+def name_rows(axes: Axes, names: Iterable[str]) -> None:
+  """Rows from the top, each with its name, and no frame but the line below."""
+  names = list(names)
+  axes.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
+  axes.set_ylim(len(names) - 0.5, -0.5)
+  axes.tick_params(labelsize=9, colors=SOFT, length=0)
+  axes.tick_params(axis='y', labelcolor=INK)
   axes.spines[['top', 'right', 'left']].set_visible(False)
   axes.spines['bottom'].set_color(RULE)
-  return drawn
+
+
+def percent(value: float, _: int = 0) -> str:
+  """A share as the name of a tick."""
+  return f'{100 * value:.3g} %'
 
 
 _STOPPED = Line2D([], [], color='#b3261e', marker='x', ls='', label='stopped: not finite')
@@ -194,7 +211,7 @@ def _finish(axes: Axes, experiment: Experiment, summary: Summary) -> None:
   )
   axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
   if is_share(metric):
-    axes.yaxis.set_major_formatter(lambda value, _: f'{100 * value:.3g} %')
+    axes.yaxis.set_major_formatter(percent)
   axes.tick_params(which='both', labelsize=8, colors=SOFT, length=0)
   axes.grid(axis='y', color=RULE, lw=0.7)
   axes.set_axisbelow(True)

@@ -3,10 +3,13 @@
   python -m experiments.run repairs --jobs=2
 
 Of the first family the policies are DOPD's own two; the second also asks the plain teacher, so that
-what only the hint tells can be told from what the teacher knows.
+what only the hint tells can be told from what the teacher knows. The coefficients of the learned
+router are those that `python -m experiments.signal` found on the two students of the tuning.
 """
 
-from experiments import study
+import json
+
+from experiments import grid, study
 from experiments.grid import Arm
 
 
@@ -14,6 +17,9 @@ def routing(**changes) -> Arm:
   """`hint_routing` with other settings."""
   return Arm('method=hint_routing', {f'objective.{name}': x for name, x in changes.items()})
 
+
+ROUTER = grid.ROOT / 'experiments' / 'signal' / 'router.json'
+LEARNED = json.loads(ROUTER.read_text())['coefficients']
 
 EXPERIMENT = study.study(
   'Which change to DOPD, or which routing between the plain and the hinted teacher, does better, '
@@ -31,6 +37,7 @@ EXPERIMENT = study.study(
     'hint_routing': study.HINT_ROUTING,
     'hint_routing_soft': routing(levels=11),
     'hint_routing_teacher': routing(signal='teacher'),
+    'hint_routing_learned': routing(signal='learned', coefficients=tuple(LEARNED)),
     'half_and_half': routing(signal='none'),
   },
 )

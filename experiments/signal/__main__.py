@@ -35,8 +35,9 @@ from dopd_jax.losses import routing, rules
 from dopd_jax.losses.routing import Regime
 from dopd_jax.objectives import Compare, Objective, View, hint_routing
 from dopd_jax.objectives.grammar import Routed, Seen, all_tokens
+from dopd_jax.report import INK, SOFT
 from dopd_jax.tasks import plan_execute
-from experiments import common, grid, models
+from experiments import common, draw, grid, models
 from experiments.results import Estimate, estimate
 
 FLAGS = flags.FLAGS
@@ -238,17 +239,11 @@ def picture(found: list[dict[str, Any]]) -> Figure:
   drawn = Figure(figsize=(11, 2.8), layout='constrained')
   panels = drawn.subplots(1, len(QUESTIONS), sharey=True)
   for axes, question in zip(panels, QUESTIONS):
-    for row, name in enumerate(SIGNALS):
-      values = [f['auroc'][question][name] for f in found]
-      mean = estimate(values)
-      axes.plot(values, [row] * len(values), 'o', color='#9a9fa6', markersize=3.5, alpha=0.8)
-      axes.errorbar(mean.mean, row, xerr=mean.half, fmt='s', color='#2f5bd0', markersize=5)
-    axes.axvline(0.5, color='#444', linewidth=0.8, linestyle=':')
-    axes.set(xlim=(-0.02, 1.02), title=question, xlabel='AUROC')
-    axes.title.set_fontsize(10)
-    axes.set_yticks(range(len(SIGNALS)), SIGNALS)
-    axes.spines[['top', 'right']].set_visible(False)
-  panels[0].invert_yaxis()
+    draw.rows(axes, {name: [f['auroc'][question][name] for f in found] for name in SIGNALS})
+    axes.axvline(0.5, color=INK, lw=0.8, ls=':')
+    axes.set(xlim=(-0.02, 1.02))
+    axes.set_title(question, fontsize=10, loc='left', color=INK)
+    axes.set_xlabel('AUROC', fontsize=8.5, color=SOFT)
   return drawn
 
 
