@@ -42,7 +42,7 @@ def figure(folder: pathlib.Path) -> Figure:
   looked = json.loads((folder / 'signal' / 'results.json').read_text())
   begin = np.zeros(len(KINDS))
   for name, about in REGIMES.items():
-    share = np.array([np.mean([one['regimes'][k].get(name, 0.0) for one in looked]) for k in KINDS])
+    share = np.array([np.mean([one['regimes'][k][name] for one in looked]) for k in KINDS])
     left.barh(
       range(len(KINDS)), share, 0.72, left=begin, color=about.colour, label=f'{name} {about.name}'
     )
@@ -61,7 +61,7 @@ def figure(folder: pathlib.Path) -> Figure:
   left.set_xlim(0, 1)
   left.xaxis.set_major_formatter(draw.percent)
   title = dict(loc='left', fontsize=10, fontweight='bold', color=INK)
-  left.set_title('Where DOPD sends the tokens of ten students', **title)
+  left.set_title('Where DOPD sends tokens, before any training', **title)
   left.legend(loc='upper center', bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False, fontsize=9)
 
   experiment = grid.load('text')

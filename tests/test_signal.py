@@ -8,48 +8,59 @@ import pytest
 from dopd_jax import config as configs
 from dopd_jax import tasks
 from dopd_jax.data import Example, Record
+from dopd_jax.losses.routing import Regime
 from experiments import grid
 from experiments.signal import __main__ as signal
+from experiments.signal import kinds
 
 
 def example(prompt, *routes):
-  extra = {'route': routes[0], 'other_route': routes[1] if routes[1:] else None, 'modulus': 7}
+  extra = {'route': list(routes[0]), 'other_route': list(*routes[1:]) or None, 'modulus': 7}
   return Example(0, Record(id=prompt, prompt=prompt, extra=extra), [], [])
 
 
+def kinds_of(answers, *examples):
+  tokenizer = tasks.plan_execute.tokenizer()
+  tokens = np.array([tokenizer.convert_tokens_to_ids(answer.split()) for answer in answers])
+  mask = tokens != tokenizer.eos_token_id
+  found = kinds.kinds(examples, tokenizer, tokens, mask)
+  return {name: here.astype(int).tolist() for name, here in found.items()}
+
+
+ONE = 'a = 3\nb a +5\nc = 2\nd c +5\n? b'
+TWO = 'a = 3\nb a +5\nc = 2\nb c -1\nd = 6\n? b'
+
+
 def test_a_plan_token_is_told_where_only_the_hint_says_which_chain_is_meant():
-  tokenizer = tasks.plan_execute.tokenizer()
-  one = 'a = 3\nb a +1\nc = 2\nd c +5\n? b'
-  two = 'a = 3\nb a +1\nc = 2\nb c +2\n? b'
-  words = ['a', '3', 'b', '4', tokenizer.eos_token, 'a']
-  tokens = np.array([tokenizer.convert_tokens_to_ids(words)] * 2)
-  mask = np.array([[1, 1, 1, 1, 1, 0]] * 2, bool)
-  kinds = signal.kinds([example(one, 'ab'), example(two, 'ab', 'cb')], tokenizer, tokens, mask)
-  of = lambda kind: kinds[kind].astype(int).tolist()
-  assert of('execution') == [[0, 1, 0, 1, 0, 0]] * 2
-  assert of('plan') == [[1, 0, 1, 0, 0, 0]] * 2
-  assert of('told') == [[0] * 6, [1, 0, 0, 0, 0, 0]]
-  assert of('untold') == [[1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+  answer = 'a 3 b 1 <|im_end|> a'
+  found = kinds_of([answer, answer], example(ONE, 'ab'), example(TWO, 'ab', 'cb'))
+  assert found['execution'] == [[0, 1, 0, 1, 0, 0]] * 2
+  assert [row[:4] for row in found['plan']] == [[1, 0, 1, 0]] * 2
+  assert found['told'] == [[0] * 6, [1, 0, 0, 0, 0, 0]]
+  assert [row[:4] for row in found['untold']] == [[1, 0, 1, 0], [0, 0, 1, 0]]
+  assert found['first'] == [[1, 0, 0, 0, 0, 0], [0] * 6]
+  assert [row[:4] for row in found['others']] == [[1, 1, 1, 1], [0, 1, 1, 1]]
 
 
-def test_a_token_is_wrong_where_it_does_not_follow_from_what_was_written():
-  tokenizer = tasks.plan_execute.tokenizer()
-  prompt = 'a = 3\nb a +1\nc = 2\nb c +2\nd = 6\n? b'
-  answers = {  # a wrong value is wrong once; what follows from it is right
-    'a 3 b 4': [1, 1, 1, 1],
-    'c 2 b 4': [1, 1, 1, 1],
-    'a 5 b 6': [1, 0, 1, 1],
-    'a 3 b 5': [1, 1, 1, 0],
-    'd 6 b 4': [0, 1, 1, 0],
-    'a 3 a 3': [1, 1, 0, 1],
-    'a 3 4 b': [1, 1, 0, 0],
+def test_the_first_token_that_does_not_follow_is_the_wrong_one():
+  answers = {  # 3 + 5 is 1 modulo 7; what comes after a mistake is not judged
+    'a 3 b 1': ('rrrr', ONE, 'ab'),
+    'a 3 b 8': ('rrrw', ONE, 'ab'),
+    'a 4 b 2': ('rw--', ONE, 'ab'),
+    'c 2 b 1': ('w---', ONE, 'ab'),
+    'a 3 d 0': ('rrw-', ONE, 'ab'),
+    'c 2 b 1 ': ('rrrr', TWO, 'ab', 'cb'),
+    'd 6 b 1': ('w---', TWO, 'ab', 'cb'),
+    'a 3 4 b': ('rrw-', TWO, 'ab', 'cb'),
+    'a b 1 b': ('rw--', TWO, 'ab', 'cb'),
   }
-  words = [answer.split() for answer in answers]
-  tokens = np.array([tokenizer.convert_tokens_to_ids(w) for w in words])
-  examples = [example(prompt, 'ab', 'cb')] * len(words)
-  kinds = signal.kinds(examples, tokenizer, tokens, np.ones_like(tokens, bool))
-  assert kinds['right'].astype(int).tolist() == list(answers.values())
-  assert (kinds['wrong'] == ~kinds['right']).all()
+  found = kinds_of(answers, *(example(*about[1:]) for about in answers.values()))
+  got = [
+    ''.join('r' if r else 'w' if w else '-' for r, w in zip(*rows))
+    for rows in zip(found['right'], found['wrong'])
+  ]
+  assert got == [about[0] for about in answers.values()]
+  assert found['wrong plan'][3] == [1, 0, 0, 0] and found['wrong execution'][1] == [0, 0, 0, 1]
 
 
 def test_auroc_is_the_share_of_pairs_in_order():
@@ -85,13 +96,18 @@ def test_a_pair_is_measured_and_drawn(tmp_path):
   assert all(0 <= x <= np.log(2) for name in signal.PAIRS for x in mean[name].values())
   assert all(mean['gap'][kind] >= abs(mean['signed gap'][kind]) for kind in found['tokens'])
   learned = {question: by_signal['learned'] for question, by_signal in found['auroc'].items()}
-  assert learned['told over other plan'] > 0.6
+  assert learned['told over all others'] > 0.6
   # What a hint tells shows where it is the only one to tell.
-  assert found['auroc']['told over other plan']['JS(Sp, S)'] > 0.6
+  assert found['auroc']['told over all others']['JS(Sp, S)'] > 0.6
   assert all(abs(sum(shares.values()) - 1) < 1e-9 for shares in found['regimes'].values())
-  # A regime of large gaps has larger ones than a regime of small gaps.
-  gap, regime, mask = (looked.signal['gap'], looked.signal['regime'], looked.kind['plan'])
-  assert gap[mask & (regime >= 2)].min() > gap[mask & (regime < 2) & (regime >= 0)].max()
+  # A regime of large gaps has larger ones than a regime of small gaps; HS is where Sp likes more.
+  regime, kind = looked.signal['regime'], looked.kind['plan'] | looked.kind['execution']
+  of = lambda name, *which: looked.signal[name][kind & np.isin(regime, which)]
+  assert of('gap', Regime.HT, Regime.HS).min() >= of('gap', Regime.LH, Regime.LL).max()
+  assert of('signed gap', Regime.HS).max() < 0 <= of('signed gap', Regime.HT).min()
+  assert np.allclose(
+    looked.signal['log Tp(y)'] - looked.signal['log Sp(y)'], looked.signal['signed gap']
+  )
   other = {**found, 'seed': 1}
   assert '| `gap` | ' in signal.page([found, other])
   signal.picture([found, other]).savefig(tmp_path / 'signals.png')

@@ -4,10 +4,8 @@ r"""Does a large gap mean capability? Signals against what each token is by cons
   python -m experiments.signal --report_only    # table.md and signals.png from results.json
 
 Each student, before any distillation, answers problems at temperature 1; all four policies score
-its tokens. A token is a plan (a variable) or an execution (a value); the first plan token is `told`
-where two chains lead to the query, so that only the hint says which one is meant. It is wrong where
-it does not follow: a variable that no route has at this place, a value that is not that of its
-definition at the values stated before. DOPD's regimes are those of all problems as one batch.
+its tokens. What a token is by construction, `kinds.py` says. DOPD's regimes are those of all
+problems as one batch.
 
 On the two students of the tuning, and on training problems, a router is learned from three signals,
 told tokens against all others, by logistic regression: `router.json`, for `hint_routing` with
@@ -36,9 +34,9 @@ from dopd_jax.losses.routing import Regime
 from dopd_jax.objectives import Compare, Objective, View, hint_routing
 from dopd_jax.objectives.grammar import Routed, Seen, all_tokens
 from dopd_jax.report import INK, SOFT
-from dopd_jax.tasks import plan_execute
 from experiments import common, draw, grid, models
 from experiments.results import Estimate, estimate
+from experiments.signal import kinds
 
 FLAGS = flags.FLAGS
 HERE = pathlib.Path(__file__).parent
@@ -46,6 +44,7 @@ MICROBATCH = 100
 GAP, SIGNED = 'gap', 'signed gap'  # |log Tp(y) - log Sp(y)|, and without the bars
 REGIME = 'regime'  # DOPD's, at its defaults
 REGIMES = [regime for regime in Regime if regime is not Regime.MASKED]
+LOGPS = {view: f'log {view}(y)' for view in hint_routing.VIEWS}
 PAIRS = {
   'JS(Tp, Sp)': Compare('Sp', 'Tp', 'js'),
   'JS(Sp, S)': Compare('S', 'Sp', 'js'),
@@ -58,10 +57,15 @@ FEATURES = ('JS(Sp, S)', 'JS(Tp, T)', GAP)  # in the order of `HintRouting.coeff
 QUESTIONS = {
   'execution over plan': ('execution', 'plan'),
   'execution over told': ('execution', 'told'),
-  'told over other plan': ('told', 'untold'),
-  'wrong over right': ('wrong', 'right'),
+  'told over other first': ('told', 'first'),
+  'told over all others': ('told', 'others'),
+  'wrong over right plan': ('wrong plan', 'right plan'),
+  'wrong over right execution': ('wrong execution', 'right execution'),
 }
-SHOWN = ('execution', 'untold', 'told', 'right', 'wrong')  # kinds whose regimes are told
+SHOWN = (
+  *('execution', 'untold', 'told', 'right', 'wrong'),
+  *('right plan', 'wrong plan', 'right execution', 'wrong execution'),
+)  # kinds whose regimes and log-probs are told
 
 
 def everything() -> Objective:
@@ -71,6 +75,7 @@ def everything() -> Objective:
     logps = [seen.signals[view].logp_y for view in ('Sp', 'Tp')]
     signed = logps[1] - logps[0]
     found = {SIGNED: signed, GAP: abs(signed), REGIME: routing.route(*logps, seen.mask).regime}
+    found |= {name: seen.signals[view].logp_y for view, name in LOGPS.items()}
     return Routed(all_tokens(seen.mask), {}, {**seen.pairs, **found})
 
   return Objective(
@@ -119,7 +124,7 @@ def look(config: Config) -> Looked:
     _, scored = diagnose.score(config, pair, objective, batch, config.microbatch)
     mask, tokens, found = collate.fetch((batch.mask, batch.tokens, scored.plan.token))
   right = evaluation.rewards(examples, evaluation.decode(pair.tokenizer, tokens, mask)) >= 0.5
-  kind = kinds(examples, pair.tokenizer, tokens, mask)
+  kind = kinds.kinds(examples, pair.tokenizer, tokens, mask)
   if few := [name for name, here in kind.items() if not here.any()]:
     raise UserError(f'there are no tokens of kind {few[0]}: give more --records')
   return Looked(config.seed, right, kind, found)
@@ -161,38 +166,13 @@ def measure(student: Looked, coefficients: Sequence[float]) -> dict[str, Any]:
       for question, (high, low) in QUESTIONS.items()
     },
     'mean': {
-      name: {k: float(found[name][here].mean()) for k, here in kind.items()} for name in SIGNALS
+      name: {k: float(found[name][here].mean()) for k, here in kind.items()}
+      for name in (*SIGNALS, *LOGPS.values())
     },
     'regimes': {
       k: {r.name: float((found[REGIME][kind[k]] == r).mean()) for r in REGIMES} for k in SHOWN
     },
   }
-
-
-def kinds(examples, tokenizer, tokens, mask) -> dict[str, np.ndarray]:
-  """[B, N] bool of every kind: `plan` is `told` and `untold`, `right` and `wrong` both are all."""
-  names = ('plan', 'execution', 'told', 'untold', 'right', 'wrong')
-  found = {name: np.zeros(mask.shape, bool) for name in names}
-  for b, example in enumerate(examples):
-    prompt, extra = example.record.prompt, example.record.extra
-    definitions, query = plan_execute.parse(prompt)
-    two_chains = sum(d.variable == query for d in definitions) > 1
-    words = tokenizer.convert_ids_to_tokens(tokens[b])
-    values_right = 0
-    for n, kind in enumerate(plan_execute.token_kinds(example.record, words)):
-      if not mask[b, n] or kind not in found:
-        continue
-      found[kind][b, n] = True
-      if kind == 'plan':
-        found['told' if two_chains and n == 0 else 'untold'][b, n] = True
-        routes = (extra['route'], extra['other_route'] or [])
-        right = any(n % 2 == 0 and words[n] in route[n // 2 : n // 2 + 1] for route in routes)
-      else:
-        stated = plan_execute.score(prompt, ' '.join(words[: n + 1]), extra['modulus'])
-        before, values_right = values_right, round(stated.execution * ((n + 1) // 2))
-        right = values_right > before
-      found['right' if right else 'wrong'][b, n] = True
-  return found
 
 
 def auroc(high: np.ndarray, low: np.ndarray) -> float:
@@ -223,22 +203,25 @@ def page(found: list[dict[str, Any]]) -> str:
     lines.append(f'| `{name}` | {text} |')
   lines += [
     '',
-    'Where DOPD sends them: share of the tokens of each kind, mean over the students.',
+    'Where DOPD sends them, share of the tokens of each kind, and their mean log-probs in nats; '
+    'means over the students, before any distillation.',
     '',
-    f'| tokens | {" | ".join(r.name for r in REGIMES)} |',
-    f'|---|{"---:|" * len(REGIMES)}',
+    f'| tokens | {" | ".join([*(r.name for r in REGIMES), *LOGPS.values()])} |',
+    f'|---|{"---:|" * (len(REGIMES) + len(LOGPS))}',
   ]
   for kind in SHOWN:
     shares = [np.mean([f['regimes'][kind][r.name] for f in found]) for r in REGIMES]
-    lines.append(f'| {kind} | {" | ".join(f"{share:.3f}" for share in shares)} |')
+    logps = [np.mean([f['mean'][name][kind] for f in found]) for name in LOGPS.values()]
+    row = [f'{x:.3f}' for x in shares] + [f'{x:.2f}' for x in logps]
+    lines.append(f'| {kind} | {" | ".join(row)} |')
   return '\n'.join(lines) + '\n'
 
 
 def picture(found: list[dict[str, Any]]) -> Figure:
   """A panel a question, a row a signal, a dot a student."""
-  drawn = Figure(figsize=(11, 2.8), layout='constrained')
-  panels = drawn.subplots(1, len(QUESTIONS), sharey=True)
-  for axes, question in zip(panels, QUESTIONS):
+  drawn = Figure(figsize=(9, 5), layout='constrained')
+  panels = drawn.subplots(2, len(QUESTIONS) // 2, sharex=True, sharey=True)
+  for axes, question in zip(panels.flat, QUESTIONS):
     draw.rows(axes, {name: [f['auroc'][question][name] for f in found] for name in SIGNALS})
     axes.axvline(0.5, color=INK, lw=0.8, ls=':')
     axes.set(xlim=(-0.02, 1.02))
