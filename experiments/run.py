@@ -121,11 +121,13 @@ def main() -> None:
   if not _NAME:
     raise UserError('name an experiment first: python -m experiments.run NAME --flag=value')
   experiments = {name: grid.load(name) for name in (grid.names() if _NAME == 'all' else [_NAME])}
+  if FLAGS.report_only and FLAGS.quick and not FLAGS.out:
+    raise UserError('a quick run is reported from its folder: name it by --out')
   arms = chosen('arms', FLAGS.arms, {name: list(e.arms) for name, e in experiments.items()})
   seeds = chosen('seeds', FLAGS.seeds, {name: e.seeds for name, e in experiments.items()})
   elsewhere = FLAGS.out or (tempfile.mkdtemp(prefix='quick-') if FLAGS.quick else '')
   runs = pathlib.Path(FLAGS.runs or (f'{elsewhere}/runs' if elsewhere else 'runs/experiments'))
-  console = Console()
+  console, commit = Console(), common.commit()  # before a table is written
   if not FLAGS.report_only:
     common.end_by_interrupt()
   for name, experiment in experiments.items():
@@ -134,16 +136,19 @@ def main() -> None:
     out = pathlib.Path(elsewhere or 'experiments', pathlib.Path(name).name if elsewhere else name)
     kept = out.with_name(experiment.pool or out.name)
     if not FLAGS.report_only:
-      execute = workers.in_processes(FLAGS.jobs, kept, runs / kept.name, common.commit())
+      execute = workers.in_processes(FLAGS.jobs, kept, runs / kept.name, commit)
       fewer = dataclasses.replace(experiment, seeds=seeds[name])
       try:
         if not FLAGS.quick:
           models.prepare(fewer, models.in_processes(FLAGS.jobs), console)
         walk(fewer, arms[name], kept, execute, console, FLAGS.quick)
       except KeyboardInterrupt:
-        console.print('Stopped; the same command goes on from here.')
+        same = f', with --out={elsewhere},' if elsewhere else ''
+        console.print(f'Stopped; the same command{same} goes on from here.', soft_wrap=True)
         raise
-    write(experiment, name, kept, out, console)
+    there = {result['arm'] for result in results.read(experiment, kept, 'results')}
+    if _NAME != 'all' or there.issuperset(arms[name]):
+      write(experiment, name, kept, out, console)
 
 
 if __name__ == '__main__':

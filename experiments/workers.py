@@ -168,15 +168,15 @@ class Worker:
 
 def in_processes(count: int, out: pathlib.Path, runs: pathlib.Path, commit: str) -> Execute:
   """Trains in `count` processes, each with its share of the cores: one where there is one each."""
-  cores = shares(_cores(), count)
 
   def execute(todo: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
     waiting = list(reversed(todo))
+    shared = shares(_cores(), min(count, len(todo)))
     next_run = lambda: waiting.pop() if waiting else None
     workers: dict[Any, Worker] = {}
     try:
-      for i in range(min(count, len(todo))):
-        worker = Worker(cores[i], out, runs, commit)
+      for cores in shared:
+        worker = Worker(cores, out, runs, commit)
         workers[worker.pipe] = worker
         worker.give(next_run())
       while busy := [pipe for pipe, worker in workers.items() if worker.run]:

@@ -56,6 +56,20 @@ def test_mistakes_on_the_command_line_are_one_sentence():
     assert told.startswith('error: ') and words in told and '\n' not in told
 
 
+def test_one_run_has_all_cores_however_many_processes_are_allowed(tmp_path, monkeypatch):
+  given = []
+
+  def start(cores, *_):
+    given.append(list(cores))
+    raise KeyboardInterrupt  # before anything starts
+
+  monkeypatch.setattr(workers, 'Worker', start)
+  monkeypatch.setattr(workers, '_cores', lambda: [0, 1, 4])
+  with pytest.raises(KeyboardInterrupt):
+    list(workers.in_processes(8, tmp_path, tmp_path, '')(['a run']))
+  assert given == [[0, 1, 4]]
+
+
 FOLDER = """
 from experiments.grid import Arm, Experiment
 

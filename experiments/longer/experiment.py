@@ -3,7 +3,7 @@
   python -m experiments.run longer --jobs=2
 
 Each at the learning rate that it was given in `text`; nothing is tuned anew. Prompts come four
-times.
+times. Three students: differences of less than about six points are not to be told apart.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ RATES = {
 }
 
 EXPERIMENT = Experiment(
-  question='Do the primary contrasts on text come out otherwise after four times as many steps?',
+  question='How far do the arms of the primary contrasts on text get in four times as many steps?',
   base=study.BASE,
   arms={
     name: dataclasses.replace(arm, changes={**arm.changes, 'optimizer.learning_rate': rate})

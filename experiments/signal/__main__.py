@@ -34,7 +34,7 @@ from dopd_jax.losses.routing import Regime
 from dopd_jax.objectives import Compare, Objective, View, hint_routing
 from dopd_jax.objectives.grammar import Routed, Seen, all_tokens
 from dopd_jax.report import INK, SOFT
-from experiments import common, draw, grid, models
+from experiments import common, draw, grid, models, workers
 from experiments.results import Estimate, estimate
 from experiments.signal import kinds
 
@@ -250,7 +250,8 @@ def main() -> None:
     coefficients = fit([looked[seed] for seed in experiment.tuning_seeds])
     found = [measure(looked[seed], coefficients) for seed in experiment.seeds]
     with workdirs.writing(str(file)) as out:
-      out.write(json.dumps(found, indent=1) + '\n')
+      lines = [json.dumps(workers.rounded(one)) for one in found]
+      out.write('[\n' + ',\n'.join(lines) + '\n]\n')
     with workdirs.writing(str(HERE / 'router.json')) as out:
       about = {'features': FEATURES, 'seeds': experiment.tuning_seeds}
       out.write(json.dumps({'coefficients': coefficients, **about}) + '\n')
