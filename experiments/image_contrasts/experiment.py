@@ -20,7 +20,6 @@ EXPERIMENT = Experiment(
     'opd': Arm('smoke,method=opd'),
     'opd_privileged': Arm('smoke,method=opd', PRIVILEGED),
     'dopd': Arm('smoke,method=dopd'),
-    'hint_routing': Arm('smoke,method=hint_routing'),
   },
   seeds=range(10),
   learning_rates=(2e-4, 5e-4, 1e-3),
