@@ -11,7 +11,7 @@ from rich.console import Console
 from dopd_jax import config as configs
 from dopd_jax import tasks, workdirs
 from dopd_jax.errors import Stopped, UserError
-from experiments import grid, models, results, run, tables, workers
+from experiments import grid, models, results, run, study, tables, workers
 from experiments.grid import Arm, Experiment
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -314,7 +314,7 @@ def test_the_data_of_the_study_are_there_and_as_they_say():
   sources = {
     source
     for e in DECLARED.values()
-    if e.pool
+    if e.pool == study.POOL
     for r in grid.final_runs(e, dict.fromkeys(e.arms))
     if r.seed == 0
     for source in (r.config.data.train, *dict(r.config.data.stages), r.config.data.eval)
