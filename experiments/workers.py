@@ -69,7 +69,8 @@ def perform(
     **({'judged': judged} if (judged := judged_last(workdir)) else {}),
     'rows': [row for row in rows if any(name.startswith('eval/') for name in row)],
   }
-  result = rounded(result)
+  # The config as it is: it says whether a run that is asked for has its result.
+  result = {key: value if key == 'config' else rounded(value) for key, value in result.items()}
   parts = {key: json.dumps(value) for key, value in result.items()}
   parts['rows'] = '[\n  ' + ',\n  '.join(map(json.dumps, result['rows'])) + '\n]'
   with workdirs.writing(str(run.file(out))) as file:

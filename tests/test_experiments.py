@@ -18,7 +18,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 EXPERIMENT = Experiment(
   question='Which?',
   base='configs/quickstart.py',
-  arms={'opd': Arm('method=opd'), 'dopd': Arm('method=dopd', {'objective.k': 5})},
+  arms={
+    'opd': Arm('method=opd'),
+    'dopd': Arm('method=dopd', {'objective.k': 5, 'objective.trim': 0.0512345678}),
+  },
   seeds=(0, 1, 2),
   learning_rates=(2e-4, 5e-4, 1e-3),
   tuning_seeds=(100, 101),
