@@ -18,6 +18,7 @@ from dopd_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 RATE = 'optimizer.learning_rate'
+QUICK = 3  # steps at most of a quick run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +155,8 @@ def make_config(
   try:
     if quick:
       full, cfg = cfg, get_config(f'{words},smoke')
+      if cfg.steps > QUICK:  # the base is a smoke run itself
+        cfg.steps, cfg.optimizer.warmup_steps, cfg.evaluation.records = QUICK, 0, 16
       changes = {k: v for k, v in changes.items() if _get(full, k) == _get(cfg, k)}
     cfg.update_from_flattened_dict(changes)
     return configs.validate(cfg)

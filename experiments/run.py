@@ -2,7 +2,7 @@ r"""Runs a comparison and writes its results, table and figure.
 
   python -m experiments.run NAME --jobs=2
   python -m experiments.run NAME --arms=opd,dopd --seeds=0,1
-  python -m experiments.run all --quick --jobs=2              # two steps an arm: do all still run?
+  python -m experiments.run all --quick --jobs=2      # a few steps an arm: do all still run?
   python -m experiments.run NAME --report_only
 
 `experiments/NAME/experiment.py` says what is compared; NAME may also be the path of a folder, or
@@ -159,6 +159,8 @@ if __name__ == '__main__':
   flags.DEFINE_list('seeds', [], 'The seeds to run, of those declared; all if empty.')
   flags.DEFINE_string('out', '', 'Folder below which everything goes; experiments if empty.')
   flags.DEFINE_string('runs', '', 'Workdirs; OUT/runs with --out, else runs/experiments.')
-  flags.DEFINE_bool('quick', False, 'Two steps an arm, one seed, no tuning; a new folder as --out.')
+  flags.DEFINE_bool(
+    'quick', False, 'A few steps an arm, one seed, no tuning; a new folder as --out.'
+  )
   flags.DEFINE_bool('report_only', False, 'Makes table.md and the figures from the result files.')
   cli.run(main)

@@ -298,7 +298,10 @@ def test_no_tuning_sees_its_test_set():
     final = grid.final_runs(experiment, dict.fromkeys(experiment.arms))
     tests = set().union(*(sets(r.config) for r in final))
     tuned = [
-      *grid.tuning_runs(experiment, list(experiment.arms)),
+      *grid.tuning_runs(
+        dataclasses.replace(experiment, learning_rates=experiment.learning_rates[:1]),
+        list(experiment.arms),
+      ),
       *models.wanted(experiment).values(),
     ]
     assert all(not tests & sets(r.config) for r in tuned)
@@ -310,6 +313,7 @@ def test_no_tuning_sees_its_test_set():
 def test_a_quick_run_of_every_declared_experiment_is_valid(name):
   runs = grid.final_runs(DECLARED[name], dict.fromkeys(DECLARED[name].arms), quick=True)
   assert [r.arm for r in runs] == list(DECLARED[name].arms)
+  assert all(r.config.steps <= grid.QUICK for r in runs)
 
 
 def test_the_data_of_the_study_are_there_and_as_they_say():
