@@ -52,7 +52,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence():
 
 
 def test_an_experiment_that_is_not_there(monkeypatch):
-  with pytest.raises(UserError, match="unknown experiment 'method': did you mean 'methods'?"):
+  with pytest.raises(UserError, match="unknown experiment 'method': did you mean 'methods'"):
     grid.load('method')
   monkeypatch.setattr(run, '_NAME', '', raising=False)
   with pytest.raises(UserError, match='name an experiment first'):
