@@ -42,6 +42,12 @@ def test_a_plan_token_is_told_where_only_the_hint_says_which_chain_is_meant():
   assert [row[:4] for row in found['others']] == [[1, 1, 1, 1], [0, 1, 1, 1]]
 
 
+def test_a_value_that_begins_an_answer_is_no_plan():
+  found = kinds_of(['3 a 1 b'], example(TWO, 'ab', 'cb'))
+  assert found['told'] == [[0, 0, 0, 0]] and found['first'] == [[0, 0, 0, 0]]
+  assert found['others'] == [[1, 1, 1, 1]] and found['wrong execution'] == [[1, 0, 0, 0]]
+
+
 def test_the_first_token_that_does_not_follow_is_the_wrong_one():
   answers = {  # 3 + 5 is 1 modulo 7; what comes after a mistake is not judged
     'a 3 b 1': ('rrrr', ONE, 'ab'),

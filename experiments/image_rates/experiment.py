@@ -6,18 +6,18 @@ Declared after `image_contrasts` had shown that DOPD collapses at the rate that 
 exploratory. The other two arms are those of that experiment, whose tuning chose this very rate.
 """
 
-from experiments.grid import Arm, Experiment
+from experiments import grid
 
-PRIVILEGED = {'objective.teacher_context': 'privileged'}
+CONTRASTS = grid.load('image_contrasts')
 
-EXPERIMENT = Experiment(
+EXPERIMENT = grid.Experiment(
   question='How does DOPD do on images at the learning rate of the arms that it is held against?',
-  base='configs/vlm.py',
+  base=CONTRASTS.base,
   arms={
-    'opd': Arm('smoke,method=opd'),
-    'opd_privileged': Arm('smoke,method=opd', PRIVILEGED),
-    'dopd_careful': Arm('smoke,method=dopd'),
+    'opd': CONTRASTS.arms['opd'],
+    'opd_privileged': CONTRASTS.arms['opd_privileged'],
+    'dopd_careful': CONTRASTS.arms['dopd'],
   },
-  seeds=range(10),
+  seeds=CONTRASTS.seeds,
   pool='image_contrasts',
 )

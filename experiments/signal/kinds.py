@@ -33,8 +33,9 @@ def kinds(
     for n, kind in enumerate(plan_execute.token_kinds(example.record, words)):
       if not mask[b, n] or kind == 'other':
         continue
-      of = [kind, 'told' if two_chains and n == 0 else 'others']
-      if kind == 'plan' and of[1] != 'told':
+      told = kind == 'plan' and n == 0 and two_chains
+      of = [kind, 'told' if told else 'others']
+      if kind == 'plan' and not told:
         of += ['untold'] + ['first'] * (n == 0)
       if not wrong:
         wrong = not follows(example.record, words[: n + 1], kind)
