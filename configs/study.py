@@ -32,22 +32,23 @@ def get_config(arg=''):
   c.seed = a.seed
   c.student.path = f'{PACKAGE}/student' if a.smoke else f'{MODELS}/{a.student}_{a.seed}'
   c.teacher.path = f'{PACKAGE}/teacher' if a.smoke else f'{MODELS}/{a.teacher}'
+  few = lambda size: 64 if a.smoke else size
   world = f'task:plan_execute?letters=6&modulus=7&rho={a.rho}&hint={a.hint}'
   task = f'{world}&steps=2&definitions=4'
-  c.data.train = f'{task}&size=5000&seed={1000 + a.seed}'
-  c.data.eval = f'{task}&size={a.size or 2000}&seed=8&split=test'
+  c.data.train = f'{task}&size={few(5000)}&seed={1000 + a.seed}'
+  c.data.eval = f'{task}&size={few(a.size or 2000)}&seed=8&split=test'
   # Out of distribution: nobody has seen three steps.
-  longer = f'{world}&steps=3&definitions=6&size=500&seed=8&split=test'
+  longer = f'{world}&steps=3&definitions=6&size={few(500)}&seed=8&split=test'
   c.data.evals = (('longer', longer),)
   if a.staged:  # one subject after the other, each measured at every look
     subjects = (('plus', '+'), ('minus', '-'), ('times', '*'))
     c.data.train = ''
     c.data.stages = tuple(
-      (f'{task}&ops={op}&size=2000&seed={1000 + a.seed}', 1 if a.smoke else 50)
+      (f'{task}&ops={op}&size={few(2000)}&seed={1000 + a.seed}', 1 if a.smoke else 50)
       for _, op in subjects
     )
     c.data.evals += tuple(
-      (name, f'{task}&ops={op}&size=1000&seed=8&split=test') for name, op in subjects
+      (name, f'{task}&ops={op}&size={few(1000)}&seed=8&split=test') for name, op in subjects
     )
   c.data.max_prompt_tokens = 64
   c.data.prompt_bucket = 16
@@ -62,7 +63,7 @@ def get_config(arg=''):
   c.checkpoint.every = 75
   c.log.every = 10
   if a.tuning:  # a learning rate is chosen: the test split does not take part
-    c.data.eval = f'{task}&size={a.size or 1000}&seed=77&split=train'
+    c.data.eval = f'{task}&size={few(a.size or 1000)}&seed=77&split=train'
     c.data.evals = ()
     c.evaluation.every = 0
     c.evaluation.teacher = False

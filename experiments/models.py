@@ -2,7 +2,6 @@
 
 import pathlib
 import shutil
-from collections.abc import Callable
 
 from rich.console import Console
 
@@ -28,14 +27,9 @@ def wanted(experiment: Experiment) -> dict[pathlib.Path, Run]:
   return found
 
 
-def in_processes(jobs: int) -> Callable[[pathlib.Path], workers.Execute]:
-  """Given a folder, trains `jobs` runs at a time there."""
-  return lambda folder: workers.in_processes(jobs, folder, folder / 'runs', common.commit())
-
-
 def prepare(
   experiment: Experiment,
-  execute: Callable[[pathlib.Path], workers.Execute],
+  into: workers.Into,
   console: Console,
   folder: pathlib.Path = FOLDER,
 ) -> None:
@@ -43,7 +37,7 @@ def prepare(
 
   Args:
     experiment: which models, and of which seeds.
-    execute: given the folder, trains runs there, as `in_processes` does.
+    into: trains runs in folders for results and for workdirs, as `workers.Processes.into` does.
     console: where a bar is shown.
     folder: where models, results and workdirs lie.
 
@@ -57,7 +51,7 @@ def prepare(
     return
   with common.bar(console) as bar:
     task = bar.add_task('models', total=len(missing))
-    for run, _ in execute(folder)(list(missing.values())):
+    for run, _ in into(folder, folder / 'runs')(list(missing.values())):
       bar.advance(task)
       bar.console.print(f'trained {run.name}', highlight=False)
   for path in unexported:

@@ -127,28 +127,30 @@ def main() -> None:
   seeds = chosen('seeds', FLAGS.seeds, {name: e.seeds for name, e in experiments.items()})
   elsewhere = FLAGS.out or (tempfile.mkdtemp(prefix='quick-') if FLAGS.quick else '')
   runs = pathlib.Path(FLAGS.runs or (f'{elsewhere}/runs' if elsewhere else 'runs/experiments'))
-  console, commit = Console(), common.commit()  # before a table is written
+  console = Console()
   if not FLAGS.report_only:
     common.end_by_interrupt()
-  for name, experiment in experiments.items():
-    if not arms[name] or not seeds[name]:
-      continue
-    out = pathlib.Path(elsewhere or 'experiments', pathlib.Path(name).name if elsewhere else name)
-    kept = out.with_name(experiment.pool or out.name)
-    if not FLAGS.report_only:
-      execute = workers.in_processes(FLAGS.jobs, kept, runs / kept.name, commit)
-      fewer = dataclasses.replace(experiment, seeds=seeds[name])
-      try:
-        if not FLAGS.quick:
-          models.prepare(fewer, models.in_processes(FLAGS.jobs), console)
-        walk(fewer, arms[name], kept, execute, console, FLAGS.quick)
-      except KeyboardInterrupt:
-        same = f', with --out={elsewhere},' if elsewhere else ''
-        console.print(f'Stopped; the same command{same} goes on from here.', soft_wrap=True)
-        raise
-    there = {result['arm'] for result in results.read(experiment, kept, 'results')}
-    if _NAME != 'all' or there.issuperset(arms[name]):
-      write(experiment, name, kept, out, console)
+  # The commit is that of the code before a table is written.
+  with workers.Processes(FLAGS.jobs, common.commit()) as processes:
+    for name, experiment in experiments.items():
+      if not arms[name] or not seeds[name]:
+        continue
+      out = pathlib.Path(elsewhere or 'experiments', pathlib.Path(name).name if elsewhere else name)
+      kept = out.with_name(experiment.pool or out.name)
+      if not FLAGS.report_only:
+        fewer = dataclasses.replace(experiment, seeds=seeds[name])
+        execute = processes.into(kept, runs / kept.name)
+        try:
+          if not FLAGS.quick:
+            models.prepare(fewer, processes.into, console)
+          walk(fewer, arms[name], kept, execute, console, FLAGS.quick)
+        except KeyboardInterrupt:
+          same = f', with --out={elsewhere},' if elsewhere else ''
+          console.print(f'Stopped; the same command{same} goes on from here.', soft_wrap=True)
+          raise
+      there = {result['arm'] for result in results.read(experiment, kept, 'results')}
+      if _NAME != 'all' or there.issuperset(arms[name]):
+        write(experiment, name, kept, out, console)
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ from dopd_jax.errors import Stopped, UserError
 from experiments.grid import Run
 
 Execute = Callable[[Sequence[Run]], Iterable[tuple[Run, dict[str, Any]]]]
+Into = Callable[[pathlib.Path, pathlib.Path], Execute]  # of results, of workdirs
 
 
 class Cut(Exception):
@@ -117,30 +118,79 @@ def _is_seconds(name: str) -> bool:
 # ----------------------------------------------------------------------------------- the processes
 
 
+class Processes:
+  """Trains runs in processes, each with its share of the cores: one where there is one each.
+
+  They start with the first runs, and stay for those to come: what they have compiled is of use
+  there. Where more runs than processes come, and more are allowed, all start anew. On leaving the
+  context they end; a run that is under way saves its state first.
+
+  Args:
+    count: of processes at most.
+    commit: the code's.
+  """
+
+  def __init__(self, count: int, commit: str):
+    self._count = count
+    self._commit = commit
+    self._workers: list[Worker] = []
+
+  def __enter__(self) -> 'Processes':
+    return self
+
+  def __exit__(self, *_) -> None:
+    for worker in self._workers:
+      worker.end()
+    for worker in self._workers:
+      worker.join()
+    self._workers = []
+
+  def into(self, out: pathlib.Path, runs: pathlib.Path) -> Execute:
+    """What trains runs with their results below `out` and their workdirs below `runs`."""
+
+    def execute(todo: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+      waiting = list(reversed(todo))
+      wanted = min(self._count, len(waiting))
+      if len(self._workers) < wanted:
+        self.__exit__()
+        self._workers = [Worker(cores, self._commit) for cores in shares(_cores(), wanted)]
+      for worker in self._workers[:wanted]:
+        worker.give(waiting.pop(), out, runs)
+      try:
+        while busy := {worker.pipe: worker for worker in self._workers if worker.run}:
+          for pipe in multiprocessing.connection.wait(busy):
+            worker = busy[pipe]
+            ended = worker.take()
+            if waiting:
+              worker.give(waiting.pop(), out, runs)
+            yield ended
+      except Cut:
+        raise KeyboardInterrupt from None
+
+    return execute
+
+
 class Worker:
   """A process that takes one run after another; it ends when the command does.
 
   Args:
     cores: that it keeps to; all if empty.
-    out: where results go.
-    runs: where workdirs lie.
     commit: the code's.
   """
 
-  def __init__(self, cores: Sequence[int], out: pathlib.Path, runs: pathlib.Path, commit: str):
+  def __init__(self, cores: Sequence[int], commit: str):
     # Nothing is shared between workers: one that is killed can hold no lock of another.
     spawn = multiprocessing.get_context('spawn')
     self.pipe, theirs = spawn.Pipe()
-    self._process = spawn.Process(target=_work, args=(theirs, cores, out, runs, commit))
+    self._process = spawn.Process(target=_work, args=(theirs, cores, commit))
     self._process.start()
     theirs.close()
     self.run: Run | None = None
 
-  def give(self, run: Run | None) -> None:
-    """Begins a run; None for no more."""
+  def give(self, run: Run, out: pathlib.Path, runs: pathlib.Path) -> None:
+    """Begins a run."""
     self.run = run
-    if run is not None:
-      self.pipe.send(run)
+    self.pipe.send((run, out, runs))
 
   def take(self) -> tuple[Run, dict[str, Any]]:
     """The run that has ended, and its result; raises what it raised."""
@@ -154,7 +204,8 @@ class Worker:
       ) from error
     if isinstance(answer, Exception):
       raise answer
-    return self.run, answer
+    ended, self.run = self.run, None
+    return ended, answer
 
   def end(self) -> None:
     """Asks a run to save its state and end; `join` waits for it."""
@@ -167,35 +218,6 @@ class Worker:
     self._process.join()
 
 
-def in_processes(count: int, out: pathlib.Path, runs: pathlib.Path, commit: str) -> Execute:
-  """Trains in `count` processes, each with its share of the cores: one where there is one each."""
-
-  def execute(todo: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-    waiting = list(reversed(todo))
-    shared = shares(_cores(), min(count, len(todo)))
-    next_run = lambda: waiting.pop() if waiting else None
-    workers: dict[Any, Worker] = {}
-    try:
-      for cores in shared:
-        worker = Worker(cores, out, runs, commit)
-        workers[worker.pipe] = worker
-        worker.give(next_run())
-      while busy := [pipe for pipe, worker in workers.items() if worker.run]:
-        for pipe in multiprocessing.connection.wait(busy):
-          ended = workers[pipe].take()
-          workers[pipe].give(next_run())
-          yield ended
-    except Cut:
-      raise KeyboardInterrupt from None
-    finally:
-      for worker in workers.values():
-        worker.end()
-      for worker in workers.values():
-        worker.join()
-
-  return execute
-
-
 def shares(cores: Sequence[int], count: int) -> list[Sequence[int]]:
   """Cores dealt to `count` processes; where there are more processes, several keep to one."""
   return [cores[i % len(cores) :: count] if cores else () for i in range(count)]
@@ -206,9 +228,7 @@ def _cores() -> list[int]:
   return sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
 
 
-def _work(
-  pipe: Any, cores: Sequence[int], out: pathlib.Path, runs: pathlib.Path, commit: str
-) -> None:
+def _work(pipe: Any, cores: Sequence[int], commit: str) -> None:
   """What a worker does."""
   if cores:  # before JAX asks how many there are
     os.sched_setaffinity(0, cores)
@@ -217,7 +237,7 @@ def _work(
   cli.keep_compilations()
   with contextlib.suppress(EOFError, ConnectionError):  # no more runs, or the command is gone
     while True:
-      run = pipe.recv()
+      run, out, runs = pipe.recv()
       try:
         answer: Any = _logged(run, out, runs, commit)
       except (UserError, Cut) as error:

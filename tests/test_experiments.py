@@ -345,12 +345,8 @@ def test_models_are_made_where_they_are_missing(tmp_path, monkeypatch):
   monkeypatch.setattr(models.export, 'export', export)
   trainer = Trainer()
 
-  def execute(folder):
-    def go(todo):
-      for one in todo:
-        yield one, workers.perform(one, folder, folder / 'runs', train=trainer)
-
-    return go
+  def into(out, runs):
+    return lambda todo: ((one, workers.perform(one, out, runs, train=trainer)) for one in todo)
 
   made = {
     'teacher': 'configs/quickstart.py:method=opd',
@@ -358,7 +354,7 @@ def test_models_are_made_where_they_are_missing(tmp_path, monkeypatch):
   }
   experiment = dataclasses.replace(EXPERIMENT, models=made, seeds=(0, 2))
   prepare = lambda experiment=experiment: models.prepare(
-    experiment, execute, Console(quiet=True), tmp_path
+    experiment, into, Console(quiet=True), tmp_path
   )
   prepare()
   names = [pathlib.Path(path).name for path in exported]
@@ -387,11 +383,9 @@ def test_a_model_that_did_not_become_what_it_should_is_an_error(tmp_path, monkey
     (False, r'^m was to reach 90% and ended at 60\.0%: give it more steps$'),
     (True, '^m could not be trained: the loss is not finite'),
   ):
-    execute = lambda folder, breaks=breaks: (
-      lambda todo: (
-        (one, workers.perform(one, folder, folder / 'runs', train=Trainer(lambda _: breaks)))
-        for one in todo
-      )
+    trainer = Trainer(lambda _, breaks=breaks: breaks)
+    into = lambda out, runs, trainer=trainer: (
+      lambda todo: ((one, workers.perform(one, out, runs, train=trainer)) for one in todo)
     )
     with pytest.raises(UserError, match=words):
-      models.prepare(EXPERIMENT, execute, Console(quiet=True), tmp_path / str(breaks))
+      models.prepare(EXPERIMENT, into, Console(quiet=True), tmp_path / str(breaks))

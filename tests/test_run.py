@@ -1,10 +1,12 @@
 """The command of the experiments: its flags, its processes, what it says of mistakes."""
 
 import json
+import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 
@@ -59,18 +61,52 @@ def test_an_experiment_that_is_not_there(monkeypatch):
     run.main()
 
 
-def test_one_run_has_all_cores_however_many_processes_are_allowed(tmp_path, monkeypatch):
-  given = []
+class Worker:
+  """Stands for a process; it ends its run as soon as it is given."""
 
-  def start(cores, *_):
-    given.append(list(cores))
-    raise KeyboardInterrupt  # before anything starts
+  started: ClassVar[list] = []
 
-  monkeypatch.setattr(workers, 'Worker', start)
+  def __init__(self, cores, commit):
+    self.started.append(list(cores))
+    self.run, self.given, self.ended = None, [], False
+    self.pipe, self.theirs = multiprocessing.Pipe()
+
+  def give(self, run, out, runs):
+    assert not self.ended
+    self.run = (run, out, runs)
+    self.given.append(run)
+    self.theirs.send(run)
+
+  def take(self):
+    self.pipe.recv()
+    run, self.run = self.run, None
+    return run, {}
+
+  def end(self):
+    self.ended = True
+
+  def join(self):
+    assert self.ended
+
+
+def test_processes_stay_for_the_next_runs_and_are_as_many_as_there_are_runs(monkeypatch):
+  monkeypatch.setattr(workers, 'Worker', Worker)
   monkeypatch.setattr(workers, '_cores', lambda: [0, 1, 4])
-  with pytest.raises(KeyboardInterrupt):
-    list(workers.in_processes(8, tmp_path, tmp_path, '')(['a run']))
-  assert given == [[0, 1, 4]]
+  monkeypatch.setattr(Worker, 'started', [])
+  with workers.Processes(2, '') as processes:
+    one = list(processes.into('x', 'y')(['a']))
+    assert Worker.started == [[0, 1, 4]]  # one run has all cores
+    more = list(processes.into('x', 'y')([]))
+    assert more == []
+    three = list(processes.into('v', 'w')(['b', 'c', 'd']))
+    assert Worker.started[1:] == [[0, 4], [1]]
+    last = list(processes.into('x', 'y')(['e']))
+    assert len(Worker.started) == 3  # nothing started anew
+    there = processes._workers
+    assert sorted(run for worker in there for run in worker.given) == ['b', 'c', 'd', 'e']
+  assert [run for run, _ in one + last] == [('a', 'x', 'y'), ('e', 'x', 'y')]
+  assert sorted(run for run, _ in three) == [(name, 'v', 'w') for name in 'bcd']
+  assert all(worker.ended for worker in there)
 
 
 FOLDER = """

@@ -236,7 +236,8 @@ def main() -> None:
   experiment = grid.load('text')
   if not FLAGS.report_only:
     common.end_by_interrupt()
-    models.prepare(experiment, models.in_processes(FLAGS.jobs), console)
+    with workers.Processes(FLAGS.jobs, common.commit()) as processes:
+      models.prepare(experiment, processes.into, console)
     get_config = grid.module(grid.ROOT / experiment.base).get_config
     words = f'method=hint_routing,size={FLAGS.records}'
     looked = {}
