@@ -19,6 +19,7 @@ of code that no config shows, delete the files and the workdirs to run anew.
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 import tempfile
@@ -130,6 +131,8 @@ def main() -> None:
   console = Console()
   if not FLAGS.report_only:
     common.end_by_interrupt()
+  if FLAGS.quick:  # a few steps take less time than their compilation
+    os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   # The commit is that of the code before a table is written.
   with workers.Processes(FLAGS.jobs, common.commit()) as processes:
     for name, experiment in experiments.items():
