@@ -1,0 +1,25 @@
+"""The repair that `repairs` proposes, HS sent to the teacher, where DOPD does most harm: on images.
+
+  python -m experiments.run image_repair --jobs=2
+
+Tuned as the arms of `image_contrasts` are, with its ten seeds.
+"""
+
+import dataclasses
+
+from experiments import grid, study
+from experiments.grid import Arm
+
+CONTRASTS = grid.load('image_contrasts')
+
+EXPERIMENT = dataclasses.replace(
+  CONTRASTS,
+  question='Does DOPD with HS sent to the teacher keep from collapse on images?',
+  arms={
+    'dopd': CONTRASTS.arms['dopd'],
+    'opd': CONTRASTS.arms['opd'],
+    'hs_to_teacher': Arm('smoke,method=dopd', study.cells(HS_source='teacher')),
+  },
+  contrasts=(),
+  pool='image_contrasts',
+)
