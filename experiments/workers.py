@@ -139,6 +139,9 @@ class Processes:
     return self
 
   def __exit__(self, *_) -> None:
+    self._end()
+
+  def _end(self) -> None:
     for worker in self._workers:
       worker.end()
     for worker in self._workers:
@@ -152,7 +155,7 @@ class Processes:
       waiting = list(reversed(todo))
       wanted = min(self._count, len(waiting))
       if len(self._workers) < wanted:
-        self.__exit__()
+        self._end()
         self._workers = [Worker(cores, self._commit) for cores in shares(_cores(), wanted)]
       for worker in self._workers[:wanted]:
         worker.give(waiting.pop(), out, runs)
