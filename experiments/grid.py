@@ -157,6 +157,10 @@ def make_config(
       full, cfg = cfg, get_config(f'{words},smoke')
       if cfg.steps > QUICK:  # the base is a smoke run itself
         cfg.steps, cfg.optimizer.warmup_steps, cfg.evaluation.records = QUICK, 0, 16
+        cfg.rollout.prompts, cfg.microbatch = 4, 16
+        cfg.data.train, cfg.data.eval = (
+          re.sub(r'\bsize=\d+', 'size=64', source) for source in (cfg.data.train, cfg.data.eval)
+        )
       changes = {k: v for k, v in changes.items() if _get(full, k) == _get(cfg, k)}
     cfg.update_from_flattened_dict(changes)
     return configs.validate(cfg)

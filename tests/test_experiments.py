@@ -314,6 +314,9 @@ def test_a_quick_run_of_every_declared_experiment_is_valid(name):
   runs = grid.final_runs(DECLARED[name], dict.fromkeys(DECLARED[name].arms), quick=True)
   assert [r.arm for r in runs] == list(DECLARED[name].arms)
   assert all(r.config.steps <= grid.QUICK for r in runs)
+  sources = [source for r in runs for source in (r.config.data.train, r.config.data.eval) if source]
+  assert all(int(re.search(r'size=(\d+)', source)[1]) <= 64 for source in sources)
+  assert all(r.config.rollout.prompts * r.config.rollout.samples <= 16 for r in runs)
 
 
 def test_the_data_of_the_study_are_there_and_as_they_say():
