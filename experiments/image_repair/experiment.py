@@ -1,4 +1,4 @@
-"""The repair that `repairs` proposes, HS sent to the teacher, where DOPD does most harm: on images.
+"""The repair that `repairs` proposes, HS sent to the teacher, on images.
 
   python -m experiments.run image_repair --jobs=2
 
@@ -14,10 +14,10 @@ CONTRASTS = grid.load('image_contrasts')
 
 EXPERIMENT = dataclasses.replace(
   CONTRASTS,
-  question='Does DOPD with HS sent to the teacher keep from collapse on images?',
+  question='How does DOPD do on images with HS sent to the teacher?',
   arms={
-    'dopd': CONTRASTS.arms['dopd'],
     'opd': CONTRASTS.arms['opd'],
+    'dopd': CONTRASTS.arms['dopd'],
     'hs_to_teacher': Arm('smoke,method=dopd', study.cells(HS_source='teacher')),
   },
   contrasts=(),
