@@ -121,9 +121,9 @@ def _is_seconds(name: str) -> bool:
 class Processes:
   """Trains runs in processes, each with its share of the cores: one where there is one each.
 
-  They start with the first runs, and stay for those to come: what they have compiled is of use
-  there. Where more runs than processes come, and more are allowed, all start anew. On leaving the
-  context they end; a run that is under way saves its state first.
+  They start with the first runs, as many as there are runs for, and stay for those to come; where
+  these take more processes or fewer, all start anew, since the cores are dealt anew. On leaving the
+  context, or the runs before their end, they end; a run that is under way saves its state first.
 
   Args:
     count: of processes at most.
@@ -154,12 +154,13 @@ class Processes:
     def execute(todo: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
       waiting = list(reversed(todo))
       wanted = min(self._count, len(waiting))
-      if len(self._workers) < wanted:
-        self._end()
-        self._workers = [Worker(cores, self._commit) for cores in shares(_cores(), wanted)]
-      for worker in self._workers[:wanted]:
-        worker.give(waiting.pop(), out, runs)
       try:
+        if wanted and len(self._workers) != wanted:
+          self._end()
+          for cores in shares(_cores(), wanted):
+            self._workers.append(Worker(cores, self._commit))
+        for worker in self._workers[:wanted]:
+          worker.give(waiting.pop(), out, runs)
         while busy := {worker.pipe: worker for worker in self._workers if worker.run}:
           for pipe in multiprocessing.connection.wait(busy):
             worker = busy[pipe]
@@ -169,6 +170,9 @@ class Processes:
             yield ended
       except Cut:
         raise KeyboardInterrupt from None
+      finally:
+        if any(worker.run for worker in self._workers):
+          self._end()
 
     return execute
 
@@ -193,7 +197,8 @@ class Worker:
   def give(self, run: Run, out: pathlib.Path, runs: pathlib.Path) -> None:
     """Begins a run."""
     self.run = run
-    self.pipe.send((run, out, runs))
+    with contextlib.suppress(ConnectionError):  # it was killed: `take` tells
+      self.pipe.send((run, out, runs))
 
   def take(self) -> tuple[Run, dict[str, Any]]:
     """The run that has ended, and its result; raises what it raised."""

@@ -67,8 +67,8 @@ class Worker:
   started: ClassVar[list] = []
 
   def __init__(self, cores, commit):
-    self.started.append(list(cores))
-    self.run, self.given, self.ended = None, [], False
+    self.started.append(self)
+    self.cores, self.run, self.given, self.ended = list(cores), None, [], False
     self.pipe, self.theirs = multiprocessing.Pipe()
 
   def give(self, run, out, runs):
@@ -89,24 +89,62 @@ class Worker:
     assert self.ended
 
 
-def test_processes_stay_for_the_next_runs_and_are_as_many_as_there_are_runs(monkeypatch):
+@pytest.fixture
+def started(monkeypatch):
   monkeypatch.setattr(workers, 'Worker', Worker)
   monkeypatch.setattr(workers, '_cores', lambda: [0, 1, 4])
   monkeypatch.setattr(Worker, 'started', [])
+  return Worker.started
+
+
+def test_processes_stay_for_the_next_runs_and_are_as_many_as_there_are_runs(started):
   with workers.Processes(2, '') as processes:
     one = list(processes.into('x', 'y')(['a']))
-    assert Worker.started == [[0, 1, 4]]  # one run has all cores
-    more = list(processes.into('x', 'y')([]))
-    assert more == []
+    assert [w.cores for w in started] == [[0, 1, 4]]  # one run has all cores
+    assert list(processes.into('x', 'y')([])) == []
     three = list(processes.into('v', 'w')(['b', 'c', 'd']))
-    assert Worker.started[1:] == [[0, 4], [1]]
-    last = list(processes.into('x', 'y')(['e']))
-    assert len(Worker.started) == 3  # nothing started anew
-    there = processes._workers
-    assert sorted(run for worker in there for run in worker.given) == ['b', 'c', 'd', 'e']
-  assert [run for run, _ in one + last] == [('a', 'x', 'y'), ('e', 'x', 'y')]
+    assert [w.cores for w in started[1:]] == [[0, 4], [1]]
+    two = list(processes.into('x', 'y')(['e', 'f']))
+    assert len(started) == 3  # nothing started anew
+    assert sorted(run for w in started[1:] for run in w.given) == ['b', 'c', 'd', 'e', 'f']
+    last = list(processes.into('x', 'y')(['g']))
+    assert [w.cores for w in started[3:]] == [[0, 1, 4]]
+  assert [run for run, _ in one + last] == [('a', 'x', 'y'), ('g', 'x', 'y')]
   assert sorted(run for run, _ in three) == [(name, 'v', 'w') for name in 'bcd']
-  assert all(worker.ended for worker in there)
+  assert sorted(run for run, _ in two) == [(name, 'x', 'y') for name in 'ef']
+  assert all(worker.ended for worker in started)
+
+
+def test_runs_that_are_not_waited_for_leave_no_process_behind(started):
+  """Those to come would be told the result of another run."""
+  with workers.Processes(2, '') as processes:
+    abandoned = iter(processes.into('x', 'y')(['a', 'b', 'c']))
+    next(abandoned)
+    abandoned.close()
+    assert len(started) == 2 and all(worker.ended for worker in started)
+    then = list(processes.into('x', 'y')(['d', 'e']))
+  assert sorted(run for run, _ in then) == [('d', 'x', 'y'), ('e', 'x', 'y')]
+
+
+def test_an_interrupt_while_processes_start_ends_those_that_have(started, monkeypatch):
+  def start(cores, commit):
+    if started:
+      raise KeyboardInterrupt
+    return Worker(cores, commit)
+
+  monkeypatch.setattr(workers, 'Worker', start)
+  with pytest.raises(KeyboardInterrupt), workers.Processes(2, '') as processes:
+    list(processes.into('x', 'y')(['a', 'b']))
+  assert len(started) == 1 and started[0].ended
+
+
+def test_a_process_that_was_killed_between_runs_is_told_of_in_a_sentence(tmp_path):
+  there = workers.Worker([], '')
+  there._process.kill()
+  there.join()
+  there.give(grid.Run('opd', 0, None), tmp_path, tmp_path)
+  with pytest.raises(UserError, match=r'^the process of opd\.seed0 was killed, perhaps for its'):
+    there.take()
 
 
 FOLDER = """
