@@ -123,9 +123,12 @@ class Writer:
     self._file.write(json.dumps({'step': step, **row}) + '\n')
     self._file.flush()
     if self._board is not None:
-      for name, value in row.items():
-        if value is not None:
-          self._board.add_scalar(name, value, step)
+      from tensorboardX.proto.summary_pb2 import Summary
+
+      # One event: `add_scalar` takes one each, which costs a small model a twentieth of its step.
+      known = {name: value for name, value in row.items() if value is not None}
+      values = [Summary.Value(tag=name, simple_value=value) for name, value in known.items()]
+      self._board.file_writer.add_summary(Summary(value=values), step)
 
   def close(self) -> None:
     """Closes both files."""

@@ -104,9 +104,14 @@ def test_tensorboard_holds_the_same_numbers(finished):
 
   board = EventAccumulator(str(finished / 'tensorboard'))
   board.Reload()
-  for row in rows(finished)[1:]:
-    loss = {e.step: e.value for e in board.Scalars('train/loss')}[row['step']]
-    assert math.isclose(loss, row['train/loss'], rel_tol=1e-6)
+  shown = {(name, e.step): e.value for name in board.Tags()['scalars'] for e in board.Scalars(name)}
+  written = {
+    (name, row['step']): value
+    for row in report.read_metrics(finished / 'metrics.jsonl')
+    for name, value in row.items()
+    if name != 'step' and value is not None
+  }
+  assert shown == pytest.approx(written, rel=1e-6)
 
 
 def test_sampling_twice_gives_the_same_run(finished, tmp_path):
