@@ -116,7 +116,7 @@ def test_what_is_committed_is_what_the_command_would_run(pool):
       *grid.final_runs(experiment, {arm: rates.get(arm) for arm in experiment.arms}),
     ]
     files = {r.file(out): r for r in planned}
-    assert len(planned) > 10
+    assert planned
     if (ROOT / 'experiments' / name / 'table.md').exists():  # every number of it has its file
       assert files.keys() <= kept
     for file, one in files.items():  # arms of one name are one run
