@@ -122,13 +122,16 @@ class Writer:
     row = {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
     self._file.write(json.dumps({'step': step, **row}) + '\n')
     self._file.flush()
-    if self._board is not None:
-      from tensorboardX.proto.summary_pb2 import Summary
+    known = {name: value for name, value in row.items() if value is not None}
+    if self._board is not None and known:
+      from tensorboardX.summary import scalar
 
       # One event: `add_scalar` takes one each, which costs a small model a twentieth of its step.
-      known = {name: value for name, value in row.items() if value is not None}
-      values = [Summary.Value(tag=name, simple_value=value) for name, value in known.items()]
-      self._board.file_writer.add_summary(Summary(value=values), step)
+      whole, *others = (scalar(name, value) for name, value in known.items())
+      for other in others:
+        whole.MergeFrom(other)
+      assert self._board.file_writer  # open until `close`
+      self._board.file_writer.add_summary(whole, step)
 
   def close(self) -> None:
     """Closes both files."""
