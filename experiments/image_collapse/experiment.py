@@ -2,7 +2,7 @@
 
   python -m experiments.run image_collapse --jobs=2
 
-1e-3 is what the tuning of `image_contrasts` chose for DOPD; here both have it, untuned. Five of its
+1e-3 is what the tuning of `image_contrasts` chose for DOPD; here both have it, untuned, on its
 ten seeds.
 """
 
@@ -19,6 +19,6 @@ EXPERIMENT = grid.Experiment(
     'dopd': Arm('smoke,method=dopd', RATE),
     'hs_to_teacher_fast': Arm('smoke,method=dopd', study.cells(HS_source='teacher') | RATE),
   },
-  seeds=range(5),
+  seeds=CONTRASTS.seeds,
   pool='image_contrasts',
 )
