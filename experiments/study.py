@@ -24,6 +24,8 @@ DOPD = Arm('method=dopd')
 # JS to the hinted teacher on every token alike: DOPD without routing, weights or a second source.
 UNIFORM_JS = Arm('method=opd', PRIVILEGED | {'objective.divergence': 'js'})
 HINT_ROUTING = Arm('method=hint_routing')
+# What `repairs` proposes, on text and on images.
+HS_TO_TEACHER = {'objective.HS.source': 'teacher'}
 
 
 def study(

@@ -17,7 +17,7 @@ EXPERIMENT = grid.Experiment(
   base=CONTRASTS.base,
   arms={
     'dopd': Arm('smoke,method=dopd', RATE),
-    'hs_to_teacher_fast': Arm('smoke,method=dopd', study.cells(HS_source='teacher') | RATE),
+    'hs_to_teacher_fast': Arm('smoke,method=dopd', study.HS_TO_TEACHER | RATE),
   },
   seeds=CONTRASTS.seeds,
   pool='image_contrasts',

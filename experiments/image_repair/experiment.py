@@ -18,7 +18,7 @@ EXPERIMENT = dataclasses.replace(
   arms={
     'opd': CONTRASTS.arms['opd'],
     'dopd': CONTRASTS.arms['dopd'],
-    'hs_to_teacher': Arm('smoke,method=dopd', study.cells(HS_source='teacher')),
+    'hs_to_teacher': Arm('smoke,method=dopd', study.HS_TO_TEACHER),
   },
   contrasts=(),
   pool='image_contrasts',

@@ -29,7 +29,7 @@ EXPERIMENT = study.study(
     # The two privileged policies, as in DOPD.
     'dopd_signed': Arm('method=dopd_signed'),
     'dopd_distributional': Arm('method=dopd_distributional'),
-    'hs_to_teacher': Arm('method=dopd', study.cells(HS_source='teacher')),
+    'hs_to_teacher': Arm('method=dopd', study.HS_TO_TEACHER),
     'uniform_js': study.UNIFORM_JS,
     # Without the hint, or with both views of the teacher.
     'opd': study.OPD,
