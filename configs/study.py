@@ -25,13 +25,14 @@ def get_config(arg=''):
     student='student',
     teacher='teacher',
     size=0,
+    models=MODELS,
     staged=False,
     tuning=False,
   )
   c = config.default(a.method)
   c.seed = a.seed
-  c.student.path = f'{PACKAGE}/student' if a.smoke else f'{MODELS}/{a.student}_{a.seed}'
-  c.teacher.path = f'{PACKAGE}/teacher' if a.smoke else f'{MODELS}/{a.teacher}'
+  c.student.path = f'{PACKAGE}/student' if a.smoke else f'{a.models}/{a.student}_{a.seed}'
+  c.teacher.path = f'{PACKAGE}/teacher' if a.smoke else f'{a.models}/{a.teacher}'
   few = lambda size: 64 if a.smoke else size
   world = f'task:plan_execute?letters=6&modulus=7&rho={a.rho}&hint={a.hint}'
   task = f'{world}&steps=2&definitions=4'

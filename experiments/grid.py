@@ -55,6 +55,7 @@ class Experiment:
   contrasts: Sequence[tuple[str, str]] = ()  # (arm, reference): those that are tested
   # Name -> the supervised config that makes the model, one a seed where it names {seed}.
   models: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  models_in: str = ''  # their folder, which the base's argument then takes as models=FOLDER
   pool: str = ''  # the experiment whose folder keeps the results; arms of one name are one there
 
   def __post_init__(self):
@@ -145,7 +146,9 @@ def make_config(
     raise UserError(f'there is no base config {experiment.base}: name it from the repository root')
   get_config = module(path).get_config
   tuned = experiment.tuning_arg if tuning else ''
-  words = ','.join(word for word in (experiment.arms[arm].arg, tuned, f'seed={seed}') if word)
+  where = f'models={experiment.models_in}' if experiment.models_in else ''
+  words = (experiment.arms[arm].arg, tuned, where, f'seed={seed}')
+  words = ','.join(word for word in words if word)
   cfg = get_config(words)
   changes = {**experiment.changes, **experiment.arms[arm].changes}
   if tuning:

@@ -31,7 +31,7 @@ def prepare(
   experiment: Experiment,
   into: workers.Into,
   console: Console,
-  folder: pathlib.Path = FOLDER,
+  folder: pathlib.Path | None = None,
 ) -> None:
   """Makes the models that are missing: a training with a result file, and the export of its end.
 
@@ -39,11 +39,12 @@ def prepare(
     experiment: which models, and of which seeds.
     into: trains runs in folders for results and for workdirs, as `workers.Processes.into` does.
     console: where a bar is shown.
-    folder: where models, results and workdirs lie.
+    folder: where models, results and workdirs lie; the experiment's, or else `FOLDER`.
 
   Raises:
     UserError: a model is there from another config, or its training did not end as it should.
   """
+  folder = folder or pathlib.Path(experiment.models_in or FOLDER)
   models = {folder / path: run for path, run in wanted(experiment).items()}
   missing = {path: run for path, run in models.items() if not results.done(run, folder)}
   unexported = [path for path in models if path in missing or not path.exists()]

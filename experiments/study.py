@@ -10,7 +10,11 @@ from typing import Any
 from experiments.grid import Arm, Experiment
 
 BASE = 'configs/study.py'
+# Two pools, each with its own students: `text` has ten and the primary contrasts, the other three,
+# which are kept with its results, so that it goes on anywhere with the very same.
 POOL = 'text'
+MORE = 'exploratory'
+KEPT = f'experiments/{MORE}/models'
 PRIVILEGED = {'objective.teacher_context': 'privileged'}
 MODELS = {
   'teacher': 'configs/study_sft.py:model=teacher',
@@ -32,21 +36,23 @@ def study(
   question: str,
   arms: Mapping[str, Arm],
   *,
+  pool: str = MORE,
   seeds: Sequence[int] = (0, 1, 2),
   models: Mapping[str, str] = MODELS,
   **more: Any,
 ) -> Experiment:
-  """An experiment of the pool; exploratory unless it names `contrasts`."""
+  """An experiment of a pool; exploratory unless it names `contrasts`."""
   return Experiment(
     question=question,
     base=BASE,
     arms=arms,
     models=models,
+    models_in=KEPT if pool == MORE else '',
     seeds=seeds,
     learning_rates=(2e-4, 5e-4, 1e-3),
     tuning_seeds=(100, 101),
     tuning_arg='tuning',
-    pool=POOL,
+    pool=pool,
     **more,
   )
 

@@ -324,7 +324,7 @@ def test_the_data_of_the_study_are_there_and_as_they_say():
   sources = {
     source
     for e in DECLARED.values()
-    if e.pool == study.POOL
+    if e.pool in (study.POOL, study.MORE)
     for r in grid.final_runs(e, dict.fromkeys(e.arms))
     if r.seed == 0
     for source in (r.config.data.train, *dict(r.config.data.stages), r.config.data.eval)

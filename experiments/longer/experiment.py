@@ -27,6 +27,7 @@ EXPERIMENT = Experiment(
     for name, (arm, rate) in RATES.items()
   },
   models=study.MODELS,
+  models_in=study.KEPT,
   changes={'steps': 600, 'evaluation.every': 100},
   also=('eval/accuracy/longer',),
 )
