@@ -1,12 +1,15 @@
-"""What the commands of experiments share: which code made a result, how they end, a bar."""
+"""What the commands of experiments share: whose code, whose models, how they end, a bar."""
 
 import contextlib
+import hashlib
+import pathlib
 import signal
 import subprocess
 
 from rich import progress
 from rich.console import Console
 
+from dopd_jax.config import Config
 from experiments.grid import ROOT
 
 
@@ -20,6 +23,17 @@ def commit() -> str:
     )
     return told.stdout.strip()
   return ''
+
+
+def weights(config: Config) -> dict[str, str]:
+  """Path -> SHA-256 of its weights, in hexadecimal; of student and teacher that lie in a folder."""
+  found = {}
+  for path in filter(None, (config.student.path, config.teacher.path)):
+    digest = hashlib.sha256()
+    for file in sorted(pathlib.Path(path).glob('*.safetensors')):
+      digest.update(file.read_bytes())
+      found[path] = digest.hexdigest()
+  return found
 
 
 def end_by_interrupt() -> None:

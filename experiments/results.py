@@ -1,5 +1,6 @@
 """What result files say: the choice of a learning rate, means over seeds, paired differences.
 
+same_models  what is compared begins with the same weights
 choose       an arm's learning rate, from its tuning runs
 estimate     a mean with its 95 % t-interval
 paired       the same of the differences between two arms, seed by seed
@@ -19,6 +20,7 @@ from scipy import stats
 from dopd_jax import config as configs
 from dopd_jax import report
 from dopd_jax.errors import UserError
+from experiments import common
 from experiments.grid import Experiment, Run
 
 
@@ -49,6 +51,25 @@ def done(run: Run, out: pathlib.Path) -> bool:
       'it or name another --out'
     )
   return True
+
+
+def same_models(runs: Sequence[Run], out: pathlib.Path) -> None:
+  """Raises `UserError` where a run would begin with other weights than a result beside it.
+
+  A model that is made anew is another one: already the number of cores decides its rounding, and a
+  difference paired by seed is one between two runs of the same student.
+  """
+  known = {}
+  for path in [path for kind in ('tuning', 'results') for path in (out / kind).glob('*.json')]:
+    known |= {model: (digest, path) for model, digest in _read(path).get('models', {}).items()}
+  for run in runs:
+    for model, digest in common.weights(run.config).items():
+      was, path = known.get(model, (digest, None))
+      if was != digest:
+        raise UserError(
+          f'{model} is not the model that {path} began with: bring that one back, or name another '
+          '--out'
+        )
 
 
 def of(run: Run, out: pathlib.Path) -> dict[str, Any]:

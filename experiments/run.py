@@ -48,7 +48,8 @@ def walk(
   """Tunes, then runs, the arms; what has a result is skipped.
 
   Raises:
-    UserError: a config is wrong, or a result is that of another config; nothing has run then.
+    UserError: a config is wrong, or a result is that of another config or of other models; nothing
+      has run then.
   """
   tuning = [] if quick else grid.tuning_runs(experiment, arms)
   planned = grid.final_runs(experiment, dict.fromkeys(arms), quick)  # their rates come later
@@ -57,6 +58,7 @@ def walk(
 
     def go(phase: str, runs: Sequence[Run]) -> None:
       todo = [run for run in runs if not results.done(run, out)]
+      results.same_models(todo, out)
       total = (bar.tasks[task].total or 0) - (len(runs) - len(todo))
       bar.update(task, description=phase, total=total)
       for run, result in execute(todo):

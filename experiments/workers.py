@@ -18,6 +18,7 @@ from rich.console import Console
 from dopd_jax import cli, report, workdirs
 from dopd_jax import train as trainer
 from dopd_jax.errors import Stopped, UserError
+from experiments import common
 from experiments.grid import Run
 
 Execute = Callable[[Sequence[Run]], Iterable[tuple[Run, dict[str, Any]]]]
@@ -61,6 +62,7 @@ def perform(
     'commit': commit,
     'versions': about['versions'],
     'device': about['device'],
+    **({'models': models} if (models := common.weights(run.config)) else {}),
     # Of training and measuring, over all parts of a run that was cut off; without loading.
     'wall_seconds': sum(
       value for row in rows for name, value in row.items() if value and _is_seconds(name)

@@ -1,6 +1,7 @@
 """Comparisons: what a grid runs, what it skips, and what the command says."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
@@ -167,6 +168,26 @@ def test_the_result_of_another_config_is_an_error(tmp_path):
     walk(tmp_path / 'a', trainer, other)
   assert trainer.ran == []
   assert len(walk(tmp_path / 'b', Trainer(), other)) == 18
+
+
+def test_a_model_made_anew_is_not_compared_with_the_old_one(tmp_path):
+  """With other rounding a training ends in another student, and no difference is paired then."""
+  student = tmp_path / 'student'
+  student.mkdir()
+  (student / 'model.safetensors').write_bytes(b'weights')
+  own = dataclasses.replace(EXPERIMENT, changes=EXPERIMENT.changes | {'student.path': str(student)})
+  out = tmp_path / 'out'
+  walk(out, Trainer(), own)
+  kept = json.loads((out / 'results' / 'opd.seed1.json').read_text())['models']
+  assert kept == {str(student): hashlib.sha256(b'weights').hexdigest()}
+  (out / 'results' / 'opd.seed1.json').unlink()
+  (student / 'model.safetensors').write_bytes(b'others')
+  trainer = Trainer()
+  with pytest.raises(UserError, match=r'student is not the model that .*json began with: bring'):
+    walk(out, trainer, own)
+  assert trainer.ran == []
+  (student / 'model.safetensors').write_bytes(b'weights')
+  assert len(walk(out, trainer, own)) == 1
 
 
 def test_a_broken_result_is_an_error(tmp_path):
