@@ -72,7 +72,8 @@ def figure(experiment: Experiment, results: Sequence[dict[str, Any]], title: str
     if place > len(found) - columns:
       axes.set_xlabel('step', fontsize=8.5, color=SOFT)
   # By the curves alone: a band of two seeds can be many times wider than all of them.
-  values = _values(results, experiment.metric, experiment.metric.replace('eval/', 'eval/teacher_'))
+  teacher = _teacher(results, experiment.metric)
+  values = np.concatenate([_values(results, experiment.metric), teacher])
   if shared is not None and len(values):
     margin = 0.12 * (values.max() - values.min()) or 0.05
     shared.set_ylim(values.min() - margin, values.max() + margin)
@@ -82,7 +83,7 @@ def figure(experiment: Experiment, results: Sequence[dict[str, Any]], title: str
       Line2D([], [], color=BLUE, lw=0.8, alpha=0.5, label='a seed'),
       Patch(color=BLUE, alpha=0.16, lw=0, label='95 % t-interval'),
       Line2D([], [], color=REFERENCE, lw=2, label=f'mean of {_reference(experiment)}'),
-      Line2D([], [], color=TEACHER, lw=1.3, ls='--', label='teacher'),
+      *([_TEACHER] if len(teacher) else []),
       *([_STOPPED] if any('stopped' in r for r in results) else []),
     ],
     loc='outside lower left',
@@ -162,12 +163,19 @@ def percent(value: float, _: int = 0) -> str:
   return f'{100 * value:.3g} %'
 
 
+_TEACHER = Line2D([], [], color=TEACHER, lw=1.3, ls='--', label='teacher')
 _STOPPED = Line2D([], [], color='#b3261e', marker='x', ls='', label='stopped: not finite')
 
 
-def _values(results: Sequence[dict[str, Any]], *metrics: str) -> np.ndarray:
-  """All finite values of the metrics, by run."""
-  found = [report.series(r['rows'], metric)[1] for metric in metrics for r in results]
+def _teacher(results: Sequence[dict[str, Any]], metric: str) -> np.ndarray:
+  """The same of the teacher's; it is held to what is held out alone."""
+  held_out = metric.startswith('eval/')
+  return _values(results if held_out else [], metric.replace('eval/', 'eval/teacher_'))
+
+
+def _values(results: Sequence[dict[str, Any]], metric: str) -> np.ndarray:
+  """All finite values of a metric, by run."""
+  found = [report.series(r['rows'], metric)[1] for r in results]
   values = np.concatenate(found) if found else np.array([])
   return values[np.isfinite(values)]
 
@@ -185,8 +193,8 @@ def _panel(axes: Axes, experiment: Experiment, summary: Summary, bands: Mapping[
     axes.plot(steps, values, color=BLUE, lw=0.8, alpha=0.5)
     if 'stopped' in result and len(steps):
       axes.plot(steps[-1:], values[-1:], marker='x', color=_STOPPED.get_color(), ls='')
-  teacher = _values(summary.results, metric.replace('eval/', 'eval/teacher_'))
-  if len(teacher) and metric.startswith('eval/'):
+  teacher = _teacher(summary.results, metric)
+  if len(teacher):
     axes.axhline(teacher[-1], color=TEACHER, ls='--', lw=1.3)
   own = bands[summary.arm]
   axes.fill_between(

@@ -210,7 +210,10 @@ def cell(metric: str, value: float, sign: str = '') -> str:
 
 
 def interval(metric: str, e: Estimate, sign: str = '') -> str:
-  """`mean ± half`; a dash for what is not known."""
+  """`mean ± half`, to the second digit of the half; a dash for what is not known."""
   if not e.n:
     return NONE
+  if not is_share(metric) and math.isfinite(e.half) and e.half:
+    places = max(0, 1 - math.floor(math.log10(e.half)))
+    return f'{e.mean:{sign}.{places}f} ± {e.half:.{places}f}'
   return f'{cell(metric, e.mean, sign)} ± {cell(metric, e.half)}'

@@ -268,7 +268,7 @@ def test_other_metrics_stand_beside_it(tmp_path):
   (table,) = tables.tables(experiment, made, [])
   assert 'entropy/S' in table.heads
   # t(0.975; 1) = 12.7062, s / sqrt(2) = .25.
-  assert table.rows[0][table.heads.index('entropy/S')] == '0.5 ± 3.177'
+  assert table.rows[0][table.heads.index('entropy/S')] == '0.5 ± 3.2'
 
 
 def test_a_quick_run_is_small_and_does_not_tune(tmp_path):
