@@ -168,7 +168,7 @@ _STOPPED = Line2D([], [], color='#b3261e', marker='x', ls='', label='stopped: no
 
 
 def _teacher(results: Sequence[dict[str, Any]], metric: str) -> np.ndarray:
-  """The same of the teacher's; it is held to what is held out alone."""
+  """All finite values of the teacher's, which is measured on what is held out alone."""
   held_out = metric.startswith('eval/')
   return _values(results if held_out else [], metric.replace('eval/', 'eval/teacher_'))
 

@@ -15,7 +15,7 @@ FOLDER = pathlib.Path('runs/experiments/models')
 
 
 def wanted(experiment: Experiment) -> dict[pathlib.Path, Run]:
-  """Where each model lies below `FOLDER`, and the training that makes it."""
+  """Where each model lies in its folder, and the training that makes it."""
   found = {}
   for seed in (*experiment.tuning_seeds, *experiment.seeds):
     for name, config in experiment.models.items():

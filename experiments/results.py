@@ -28,13 +28,15 @@ def read(experiment: Experiment, out: pathlib.Path, kind: str) -> list[dict[str,
   """An experiment's results in `results` or `tuning`, by file name; others may lie beside them.
 
   Raises:
-    UserError: a broken file.
+    UserError: a broken file, or results that began with different weights of one model.
   """
   seeds = experiment.tuning_seeds if kind == 'tuning' else experiment.seeds
   found = [_read(path) for path in sorted((out / kind).glob('*.json'))]
   found = [r for r in found if r['arm'] in experiment.arms and r['seed'] in seeds]
   rates = experiment.learning_rates
-  return [r for r in found if kind != 'tuning' or r['learning_rate'] in rates]
+  found = [r for r in found if kind != 'tuning' or r['learning_rate'] in rates]
+  _one_set(found, out)
+  return found
 
 
 def done(run: Run, out: pathlib.Path) -> bool:
@@ -54,22 +56,13 @@ def done(run: Run, out: pathlib.Path) -> bool:
 
 
 def same_models(runs: Sequence[Run], out: pathlib.Path) -> None:
-  """Raises `UserError` where a run would begin with other weights than a result beside it.
+  """Raises `UserError` where a run would begin with other weights than results beside it.
 
   A model that is made anew is another one: already the number of cores decides its rounding, and a
   difference paired by seed is one between two runs of the same student.
   """
-  known = {}
-  for path in [path for kind in ('tuning', 'results') for path in (out / kind).glob('*.json')]:
-    known |= {model: (digest, path) for model, digest in _read(path).get('models', {}).items()}
-  for run in runs:
-    for model, digest in common.weights(run.config).items():
-      was, path = known.get(model, (digest, None))
-      if was != digest:
-        raise UserError(
-          f'{model} is not the model that {path} began with: bring that one back, or name another '
-          '--out'
-        )
+  there = [_read(path) for kind in ('tuning', 'results') for path in (out / kind).glob('*.json')]
+  _one_set([*there, *({'models': common.weights(run.config)} for run in runs)], out)
 
 
 def of(run: Run, out: pathlib.Path) -> dict[str, Any]:
@@ -198,6 +191,18 @@ def at(summary: Summary, metric: str, step: int) -> dict[int, float]:
 def _last(results: Sequence[Mapping], seeds: Mapping[int, float], metric: str) -> Estimate:
   found = [final(r, metric) for r in results if r['seed'] in seeds]
   return estimate([value for value in found if math.isfinite(value)])
+
+
+def _one_set(found: Sequence[Mapping[str, Any]], out: pathlib.Path) -> None:
+  """Raises `UserError` where two of them name different weights of one model."""
+  known: dict[str, str] = {}
+  for result in found:
+    for model, digest in result.get('models', {}).items():
+      if known.setdefault(model, digest) != digest:
+        raise UserError(
+          f'{model} is not the model that results in {out} began with: bring that one back, or '
+          'delete those results'
+        )
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

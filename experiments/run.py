@@ -53,12 +53,12 @@ def walk(
   """
   tuning = [] if quick else grid.tuning_runs(experiment, arms)
   planned = grid.final_runs(experiment, dict.fromkeys(arms), quick)  # their rates come later
+  results.same_models([*tuning, *planned], out)
   with common.bar(console) as bar:
     task = bar.add_task('', total=len(tuning) + len(planned))
 
     def go(phase: str, runs: Sequence[Run]) -> None:
       todo = [run for run in runs if not results.done(run, out)]
-      results.same_models(todo, out)
       total = (bar.tasks[task].total or 0) - (len(runs) - len(todo))
       bar.update(task, description=phase, total=total)
       for run, result in execute(todo):
@@ -164,7 +164,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('jobs', 1, 'Processes; more than one for CPU only.', lower_bound=1)
   flags.DEFINE_list('arms', [], 'The arms to run; all if empty. Others keep their results.')
   flags.DEFINE_list('seeds', [], 'The seeds to run, of those declared; all if empty.')
-  flags.DEFINE_string('out', '', 'Folder below which everything goes; experiments if empty.')
+  flags.DEFINE_string('out', '', 'Folder below which all but models goes; experiments if empty.')
   flags.DEFINE_string('runs', '', 'Workdirs; OUT/runs with --out, else runs/experiments.')
   flags.DEFINE_bool(
     'quick', False, 'A few steps an arm, one seed, no tuning; a new folder as --out.'

@@ -10,11 +10,11 @@ from typing import Any
 from experiments.grid import Arm, Experiment
 
 BASE = 'configs/study.py'
-# Two pools, each with its own students: `text` has ten and the primary contrasts, the other three,
-# which are kept with its results, so that it goes on anywhere with the very same.
-POOL = 'text'
-MORE = 'exploratory'
-KEPT = f'experiments/{MORE}/models'
+# Two pools, each with its own models: `text` has ten students and the primary contrasts, the other
+# three, which are kept with its results, so that it goes on anywhere with the very same.
+TEXT = 'text'
+EXPLORATORY = 'exploratory'
+KEPT = f'experiments/{EXPLORATORY}/models'
 PRIVILEGED = {'objective.teacher_context': 'privileged'}
 MODELS = {
   'teacher': 'configs/study_sft.py:model=teacher',
@@ -36,7 +36,7 @@ def study(
   question: str,
   arms: Mapping[str, Arm],
   *,
-  pool: str = MORE,
+  pool: str = EXPLORATORY,
   seeds: Sequence[int] = (0, 1, 2),
   models: Mapping[str, str] = MODELS,
   **more: Any,
@@ -47,7 +47,7 @@ def study(
     base=BASE,
     arms=arms,
     models=models,
-    models_in=KEPT if pool == MORE else '',
+    models_in=KEPT if pool == EXPLORATORY else '',
     seeds=seeds,
     learning_rates=(2e-4, 5e-4, 1e-3),
     tuning_seeds=(100, 101),

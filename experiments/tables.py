@@ -210,7 +210,7 @@ def cell(metric: str, value: float, sign: str = '') -> str:
 
 
 def interval(metric: str, e: Estimate, sign: str = '') -> str:
-  """`mean ± half`, to the second digit of the half; a dash for what is not known."""
+  """`mean ± half`, shares to .1 %, others to the half's second digit; a dash if not known."""
   if not e.n:
     return NONE
   if not is_share(metric) and math.isfinite(e.half) and e.half:

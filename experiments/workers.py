@@ -44,6 +44,7 @@ def perform(
     UserError: as `train` raises it, or the result cannot be written.
   """
   workdir = run.workdir(runs)
+  models = _begun_with(run, workdir)
   stopped = ''
   try:
     train(run.config, str(workdir), console)
@@ -62,7 +63,7 @@ def perform(
     'commit': commit,
     'versions': about['versions'],
     'device': about['device'],
-    **({'models': models} if (models := common.weights(run.config)) else {}),
+    **({'models': models} if models else {}),
     # Of training and measuring, over all parts of a run that was cut off; without loading.
     'wall_seconds': sum(
       value for row in rows for name, value in row.items() if value and _is_seconds(name)
@@ -79,6 +80,18 @@ def perform(
   with workdirs.writing(str(run.file(out))) as file:
     file.write('{\n' + ',\n'.join(f'"{key}": {text}' for key, text in parts.items()) + '\n}\n')
   return result
+
+
+def _begun_with(run: Run, workdir: pathlib.Path) -> dict[str, str]:
+  """The models' digests, which a run that goes on must find as it began."""
+  found = common.weights(run.config)
+  kept = workdir / 'models.json'
+  if found and kept.exists() and json.loads(kept.read_text()) != found:
+    raise UserError(f'{workdir} began with other models: bring them back, or delete it')
+  if found:
+    with workdirs.writing(str(kept)) as file:
+      json.dump(found, file)
+  return found
 
 
 def judged_last(workdir: pathlib.Path) -> str:

@@ -183,9 +183,19 @@ def test_a_model_made_anew_is_not_compared_with_the_old_one(tmp_path):
   (out / 'results' / 'opd.seed1.json').unlink()
   (student / 'model.safetensors').write_bytes(b'others')
   trainer = Trainer()
-  with pytest.raises(UserError, match=r'student is not the model that .*json began with: bring'):
+  with pytest.raises(
+    UserError, match=r'student is not the model that results in .* began with: bring'
+  ):
     walk(out, trainer, own)
   assert trainer.ran == []
+  workers.perform(grid.final_runs(own, {'opd': 1e-3})[0], out / 'b', out / 'rb', train=Trainer())
+  with pytest.raises(UserError, match='began with other models: bring them back, or delete it'):
+    workers.perform(grid.final_runs(own, {'opd': 5e-4})[1], out, out / 'runs', train=trainer)
+  assert trainer.ran == []
+  (out / 'b' / 'results' / 'opd.seed0.json').rename(out / 'results' / 'opd.seed1.json')
+  with pytest.raises(UserError, match='student is not the model that results in'):
+    results.read(own, out, 'results')
+  (out / 'results' / 'opd.seed1.json').unlink()
   (student / 'model.safetensors').write_bytes(b'weights')
   assert len(walk(out, trainer, own)) == 1
 
@@ -345,7 +355,7 @@ def test_the_data_of_the_study_are_there_and_as_they_say():
   sources = {
     source
     for e in DECLARED.values()
-    if e.pool in (study.POOL, study.MORE)
+    if e.pool in (study.TEXT, study.EXPLORATORY)
     for r in grid.final_runs(e, dict.fromkeys(e.arms))
     if r.seed == 0
     for source in (r.config.data.train, *dict(r.config.data.stages), r.config.data.eval)

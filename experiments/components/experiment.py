@@ -33,5 +33,5 @@ EXPERIMENT = study.study(
     ),
   },
   references={'top8_everywhere': 'dopd_k8'},
-  pool=study.POOL,
+  pool=study.TEXT,
 )

@@ -20,5 +20,5 @@ EXPERIMENT = study.study(
     'uniform_js': study.UNIFORM_JS,
     'self_privileged': Arm('method=sdft'),
   },
-  pool=study.POOL,
+  pool=study.TEXT,
 )

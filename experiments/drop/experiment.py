@@ -16,5 +16,5 @@ EXPERIMENT = study.study(
       for which in ('largest', 'smallest', 'random')
     },
   },
-  pool=study.POOL,
+  pool=study.TEXT,
 )

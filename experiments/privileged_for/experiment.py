@@ -18,5 +18,5 @@ EXPERIMENT = study.study(
     'opd_student_hinted': Arm('method=opd', STUDENT),
     'opd_both_hinted': Arm('method=opd', study.PRIVILEGED | STUDENT),
   },
-  pool=study.POOL,
+  pool=study.TEXT,
 )

@@ -40,5 +40,5 @@ EXPERIMENT = study.study(
     'hint_routing_learned': routing(signal='learned', coefficients=tuple(LEARNED)),
     'half_and_half': routing(signal='none'),
   },
-  pool=study.POOL,
+  pool=study.TEXT,
 )

@@ -24,5 +24,5 @@ EXPERIMENT = study.study(
   seeds=range(10),
   also=('eval/accuracy/longer',),
   contrasts=(('dopd', 'opd'), ('dopd', 'opd_privileged'), ('opd_privileged', 'opd')),
-  pool=study.POOL,
+  pool=study.TEXT,
 )
