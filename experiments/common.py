@@ -29,10 +29,8 @@ def weights(config: Config) -> dict[str, str]:
   """Path -> SHA-256 of its weights, in hexadecimal; of student and teacher that lie in a folder."""
   found = {}
   for path in filter(None, (config.student.path, config.teacher.path)):
-    digest = hashlib.sha256()
-    for file in sorted(pathlib.Path(path).glob('*.safetensors')):
-      digest.update(file.read_bytes())
-      found[path] = digest.hexdigest()
+    if files := sorted(pathlib.Path(path).glob('*.safetensors')):
+      found[path] = hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
   return found
 
 

@@ -3,8 +3,8 @@
   python -m experiments.run longer --jobs=2
 
 Each at the learning rate that it was given in `text`, with the models of `exploratory`; nothing is
-tuned anew. Prompts come four
-times. Three students: differences of less than about six points are not to be told apart.
+tuned anew. Prompts come four times. Three students: differences of less than about six points are
+not to be told apart.
 """
 
 import dataclasses
