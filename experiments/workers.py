@@ -136,12 +136,13 @@ def _is_seconds(name: str) -> bool:
 class Processes:
   """Trains runs in processes, each with its share of the cores: one where there is one each.
 
-  They start with the first runs, as many as there are runs for, and stay for those to come; where
-  these take more processes or fewer, all start anew, since the cores are dealt anew. On leaving the
-  context, or the runs before their end, they end; a run that is under way saves its state first.
+  They start where there is a run for them, and stay for those to come. A run has the same share
+  however many wait beside it: on more cores it rounds otherwise, and a model that is made again
+  would be another. On leaving the context, or the runs before their end, they end; a run that is
+  under way saves its state first.
 
   Args:
-    count: of processes at most.
+    count: of processes at most, among which the cores are dealt.
     commit: the code's.
   """
 
@@ -170,10 +171,8 @@ class Processes:
       waiting = list(reversed(todo))
       wanted = min(self._count, len(waiting))
       try:
-        if wanted and len(self._workers) != wanted:
-          self._end()
-          for cores in shares(_cores(), wanted):
-            self._workers.append(Worker(cores, self._commit))
+        for cores in shares(_cores(), self._count)[len(self._workers) : wanted]:
+          self._workers.append(Worker(cores, self._commit))
         for worker in self._workers[:wanted]:
           worker.give(waiting.pop(), out, runs)
         while busy := {worker.pipe: worker for worker in self._workers if worker.run}:

@@ -97,18 +97,17 @@ def started(monkeypatch):
   return Worker.started
 
 
-def test_processes_stay_for_the_next_runs_and_are_as_many_as_there_are_runs(started):
+def test_processes_stay_for_the_next_runs_and_each_keeps_its_share(started):
+  """A model that is made again alone is the one that was made beside others."""
   with workers.Processes(2, '') as processes:
     one = list(processes.into('x', 'y')(['a']))
-    assert [w.cores for w in started] == [[0, 1, 4]]  # one run has all cores
+    assert [w.cores for w in started] == [[0, 4]]
     assert list(processes.into('x', 'y')([])) == []
     three = list(processes.into('v', 'w')(['b', 'c', 'd']))
-    assert [w.cores for w in started[1:]] == [[0, 4], [1]]
     two = list(processes.into('x', 'y')(['e', 'f']))
-    assert len(started) == 3  # nothing started anew
-    assert sorted(run for w in started[1:] for run in w.given) == ['b', 'c', 'd', 'e', 'f']
     last = list(processes.into('x', 'y')(['g']))
-    assert [w.cores for w in started[3:]] == [[0, 1, 4]]
+    assert [w.cores for w in started] == [[0, 4], [1]]  # nothing started anew
+    assert sorted(run for w in started for run in w.given) == list('abcdefg')
   assert [run for run, _ in one + last] == [('a', 'x', 'y'), ('g', 'x', 'y')]
   assert sorted(run for run, _ in three) == [(name, 'v', 'w') for name in 'bcd']
   assert sorted(run for run, _ in two) == [(name, 'x', 'y') for name in 'ef']
