@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import os
 import pathlib
 import signal
 import subprocess
 
+import jax
 from rich import progress
 from rich.console import Console
 
@@ -41,6 +43,15 @@ def end_by_interrupt() -> None:
     raise KeyboardInterrupt
 
   signal.signal(signal.SIGTERM, interrupt)
+
+
+def compile_fast() -> None:
+  """Has processes to come compile fast rather than well: for runs of a few steps."""
+  os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+  flags = '--xla_cpu_parallel_codegen_split_count=1'
+  if jax.__version_info__ < (0, 11):  # a flag that XLA doesn't know ends the process without a word
+    flags += ' --xla_cpu_use_fusion_emitters=false'
+  os.environ.setdefault('XLA_FLAGS', flags)
 
 
 def bar(console: Console) -> progress.Progress:

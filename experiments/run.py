@@ -19,11 +19,11 @@ of code that no config shows, delete the files and the workdirs to run anew.
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -70,6 +70,45 @@ def walk(
       go('tuning', tuning)
       planned = grid.final_runs(experiment, results.rates(experiment, tuning, out))
     go('runs', planned)
+
+
+def once(
+  planned: Mapping[str, Sequence[Run]],
+  execute: workers.Execute,
+  out: pathlib.Path,
+  console: Console,
+) -> workers.Into:
+  """Trains each config once, all experiments in one go: many arms differ in what a quick run omits.
+
+  Args:
+    planned: experiment -> its runs.
+    execute: trains runs with their results below `out`.
+    out: one folder for all.
+    console: where a bar is shown.
+
+  Returns:
+    What then takes for training, and gives each run its config's result.
+  """
+  distinct: dict[str, Run] = {}
+  for name, runs in planned.items():
+    for run in runs:
+      distinct.setdefault(run.config_hash, dataclasses.replace(run, arm=f'{name}.{run.arm}'))
+  todo = [run for run in distinct.values() if not results.done(run, out)]
+  with common.bar(console) as bar:
+    task = bar.add_task('quick runs', total=len(todo))
+    for _ in execute(todo):
+      bar.advance(task)
+
+  def into(kept: pathlib.Path, _: pathlib.Path) -> workers.Execute:
+    def take(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+      for run in runs:
+        result = results.of(distinct[run.config_hash], out) | {'arm': run.arm}
+        workers.write(result, run.file(kept))
+        yield run, result
+
+    return take
+
+  return into
 
 
 def write(
@@ -128,34 +167,43 @@ def main() -> None:
     raise UserError('a quick run is reported from its folder: name it by --out')
   arms = chosen('arms', FLAGS.arms, {name: list(e.arms) for name, e in experiments.items()})
   seeds = chosen('seeds', FLAGS.seeds, {name: e.seeds for name, e in experiments.items()})
+  going = {
+    name: dataclasses.replace(each, seeds=seeds[name])
+    for name, each in experiments.items()
+    if arms[name] and seeds[name]
+  }
   elsewhere = FLAGS.out or (tempfile.mkdtemp(prefix='quick-') if FLAGS.quick else '')
   runs = pathlib.Path(FLAGS.runs or (f'{elsewhere}/runs' if elsewhere else 'runs/experiments'))
   console = Console()
   if not FLAGS.report_only:
     common.end_by_interrupt()
-  if FLAGS.quick:  # a few steps take less time than their compilation
-    os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-  # The commit is that of the code before a table is written.
-  with workers.Processes(FLAGS.jobs, common.commit()) as processes:
-    for name, experiment in experiments.items():
-      if not arms[name] or not seeds[name]:
-        continue
-      out = pathlib.Path(elsewhere or 'experiments', pathlib.Path(name).name if elsewhere else name)
-      kept = out.with_name(experiment.pool or out.name)
-      if not FLAGS.report_only:
-        fewer = dataclasses.replace(experiment, seeds=seeds[name])
-        execute = processes.into(kept, runs / kept.name)
-        try:
+  try:
+    # The commit is that of the code before a table is written.
+    with workers.Processes(FLAGS.jobs, common.commit()) as processes:
+      into = processes.into
+      if FLAGS.quick and not FLAGS.report_only:
+        common.compile_fast()
+        quick = pathlib.Path(elsewhere, 'quick')
+        planned = {
+          pathlib.Path(name).name: grid.final_runs(each, dict.fromkeys(arms[name]), quick=True)
+          for name, each in going.items()
+        }
+        into = once(planned, into(quick, runs), quick, console)
+      for name, fewer in going.items():
+        leaf = pathlib.Path(name).name
+        out = pathlib.Path(elsewhere, leaf) if elsewhere else pathlib.Path('experiments', name)
+        kept = out.with_name(fewer.pool or out.name)
+        if not FLAGS.report_only:
           if not FLAGS.quick:
-            models.prepare(fewer, processes.into, console)
-          walk(fewer, arms[name], kept, execute, console, FLAGS.quick)
-        except KeyboardInterrupt:
-          same = f', with --out={elsewhere},' if elsewhere else ''
-          console.print(f'Stopped; the same command{same} goes on from here.', soft_wrap=True)
-          raise
-      there = {result['arm'] for result in results.read(experiment, kept, 'results')}
-      if _NAME != 'all' or there.issuperset(arms[name]):
-        write(experiment, name, kept, out, console)
+            models.prepare(fewer, into, console)
+          walk(fewer, arms[name], kept, into(kept, runs / kept.name), console, FLAGS.quick)
+        there = {result['arm'] for result in results.read(experiments[name], kept, 'results')}
+        if _NAME != 'all' or there.issuperset(arms[name]):
+          write(experiments[name], name, kept, out, console)
+  except KeyboardInterrupt:
+    same = f', with --out={elsewhere},' if elsewhere else ''
+    console.print(f'Stopped; the same command{same} goes on from here.', soft_wrap=True)
+    raise
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ import pathlib
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,11 +75,16 @@ def perform(
   }
   # The config as it is: it says whether a run that is asked for has its result.
   result = {key: value if key == 'config' else rounded(value) for key, value in result.items()}
+  write(result, run.file(out))
+  return result
+
+
+def write(result: Mapping[str, Any], path: pathlib.Path) -> None:
+  """As JSON with a line a key, and one a row; raises `UserError` if it cannot be written."""
   parts = {key: json.dumps(value) for key, value in result.items()}
   parts['rows'] = '[\n  ' + ',\n  '.join(map(json.dumps, result['rows'])) + '\n]'
-  with workdirs.writing(str(run.file(out))) as file:
+  with workdirs.writing(str(path)) as file:
     file.write('{\n' + ',\n'.join(f'"{key}": {text}' for key, text in parts.items()) + '\n}\n')
-  return result
 
 
 def _begun_with(run: Run, workdir: pathlib.Path) -> dict[str, str]:

@@ -289,6 +289,30 @@ def test_a_quick_run_is_small_and_does_not_tune(tmp_path):
   assert all('size=64' in c.data.train and c.objective.temperature == 2.0 for c in ran)
 
 
+def test_a_quick_run_of_many_trains_a_config_once(tmp_path):
+  arms = {**EXPERIMENT.arms, 'again': Arm('method=opd'), 'far': Arm('method=opd,seed=0')}
+  both = {'one': EXPERIMENT, 'two': dataclasses.replace(EXPERIMENT, arms=arms)}
+  planned = {
+    name: grid.final_runs(e, dict.fromkeys(e.arms), quick=True) for name, e in both.items()
+  }
+  quick, trainer = tmp_path / 'quick', Trainer()
+
+  def execute(todo):
+    for one in todo:
+      yield one, workers.perform(one, quick, tmp_path / 'runs', train=trainer)
+
+  for _ in range(2):  # the second time all have a result
+    into = run.once(planned, execute, quick, Console(quiet=True))
+    assert [c.objective.name for c in trainer.ran] == ['opd', 'dopd']
+  for name, experiment in both.items():
+    kept, arms = tmp_path / name, list(experiment.arms)
+    run.walk(experiment, arms, kept, into(kept, kept), Console(quiet=True), quick=True)
+    found = results.read(experiment, kept, 'results')
+    assert sorted(r['arm'] for r in found) == sorted(arms)
+    method = lambda r: 'dopd' if r['arm'] == 'dopd' else 'opd'
+    assert all(r['config']['objective']['name'] == method(r) for r in found)
+
+
 # -------------------------------------------------------------------------------------- declaring
 
 

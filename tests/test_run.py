@@ -178,6 +178,7 @@ def test_the_command_runs_goes_on_and_tells_a_mistake_of_a_run(tmp_path):
   assert (out / 'curves.png').exists()
 
   (out / 'results' / 'dopd.seed0.json').unlink()
+  (tmp_path / 'out' / 'quick' / 'results' / 'small.dopd.seed0.json').unlink()
   told = command(*args, '--arms=opd,dopd').stdout
   assert 'dopd.seed0: ' in told and '\nopd.seed0: ' not in f'\n{told}'
   told = command(*args, code=2).stderr.strip()
