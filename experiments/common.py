@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import pathlib
 import signal
 import subprocess
@@ -45,13 +44,12 @@ def end_by_interrupt() -> None:
   signal.signal(signal.SIGTERM, interrupt)
 
 
-def compile_fast() -> None:
-  """Has processes to come compile fast rather than well: for runs of a few steps."""
-  os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+def fast_compilation() -> dict[str, str]:
+  """Environment for processes that compile more than they compute: fast rather than well."""
   flags = '--xla_cpu_parallel_codegen_split_count=1'
   if jax.__version_info__ < (0, 11):  # a flag that XLA doesn't know ends the process without a word
     flags += ' --xla_cpu_use_fusion_emitters=false'
-  os.environ.setdefault('XLA_FLAGS', flags)
+  return {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'XLA_FLAGS': flags}
 
 
 def bar(console: Console) -> progress.Progress:

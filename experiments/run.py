@@ -19,6 +19,7 @@ of code that no config shows, delete the files and the workdirs to run anew.
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 import tempfile
@@ -182,7 +183,8 @@ def main() -> None:
     with workers.Processes(FLAGS.jobs, common.commit()) as processes:
       into = processes.into
       if FLAGS.quick and not FLAGS.report_only:
-        common.compile_fast()
+        for variable, value in common.fast_compilation().items():
+          os.environ.setdefault(variable, value)
         quick = pathlib.Path(elsewhere, 'quick')
         planned = {
           pathlib.Path(name).name: grid.final_runs(each, dict.fromkeys(arms[name]), quick=True)

@@ -8,6 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 from dopd_jax import REPOSITORY
+from experiments import common
 
 COLAB = pathlib.Path(__file__).parent.parent / 'colab'
 NOTEBOOKS = sorted(path.name for path in COLAB.glob('*.ipynb'))
@@ -17,16 +18,11 @@ def cells(name, kind):
   return [c for c in nbformat.read(COLAB / name, 4).cells if c.cell_type == kind]
 
 
-LONG = ('images.ipynb', 'quickstart.ipynb')
-MARKED = [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in NOTEBOOKS]
-
-
-@pytest.mark.parametrize('name', MARKED)
+@pytest.mark.parametrize('name', NOTEBOOKS)
 def test_a_notebook_runs(name, monkeypatch):
   """In its quick form: few steps, few problems."""
-  # They compile far more than they compute.
-  quick = {'DOPD_JAX_QUICK': '1', 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-  for variable, value in quick.items():
+  quick = {'DOPD_JAX_QUICK': '1', 'JAX_PLATFORMS': 'cpu'}
+  for variable, value in (quick | common.fast_compilation()).items():
     monkeypatch.setenv(variable, value)
   notebook = nbformat.read(COLAB / name, 4)
   where = {'metadata': {'path': str(COLAB)}}
