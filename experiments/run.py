@@ -14,8 +14,12 @@ or `tuning/`, its own or those of the experiment that it shares arms with (`pool
 `curves.png` and `finals.png` are made from these files alone. A command that was cut off goes on
 when it is given again: runs with a file are skipped, the others go on from their last checkpoint.
 
+A quick run trains each config once, under the name of the first arm that has it, into `OUT/.quick`,
+and shows all tables at the end.
+
 Give one command a pool at a time: two would train the same run in the same workdir. After a change
-of code that no config shows, delete the files and the workdirs to run anew.
+of code that no config shows, delete the files (of a quick run its whole OUT) and the workdirs to
+run anew.
 """
 
 import dataclasses
@@ -82,7 +86,7 @@ def once(
   """Trains each config once, all experiments in one go: many arms differ in what a quick run omits.
 
   Args:
-    planned: experiment -> its runs.
+    planned: experiment -> its runs that have no result yet.
     execute: trains runs with their results below `out`.
     out: one folder for all.
     console: where a bar is shown.
@@ -103,7 +107,7 @@ def once(
   def into(kept: pathlib.Path, _: pathlib.Path) -> workers.Execute:
     def take(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
       for run in runs:
-        result = results.of(distinct[run.config_hash], out) | {'arm': run.arm}
+        result = results.of(distinct[run.config_hash], out) | {'arm': run.arm, 'seed': run.seed}
         workers.write(result, run.file(kept))
         yield run, result
 
@@ -175,6 +179,9 @@ def main() -> None:
   }
   elsewhere = FLAGS.out or (tempfile.mkdtemp(prefix='quick-') if FLAGS.quick else '')
   runs = pathlib.Path(FLAGS.runs or (f'{elsewhere}/runs' if elsewhere else 'runs/experiments'))
+  leaf = lambda name: pathlib.Path(name).name
+  out = {n: pathlib.Path(elsewhere or 'experiments', leaf(n) if elsewhere else n) for n in going}
+  kept = {name: out[name].with_name(each.pool or leaf(name)) for name, each in going.items()}
   console = Console()
   if not FLAGS.report_only:
     common.end_by_interrupt()
@@ -185,23 +192,25 @@ def main() -> None:
       if FLAGS.quick and not FLAGS.report_only:
         for variable, value in common.fast_compilation().items():
           os.environ.setdefault(variable, value)
-        quick = pathlib.Path(elsewhere, 'quick')
+        quick = pathlib.Path(elsewhere, '.quick')
         planned = {
-          pathlib.Path(name).name: grid.final_runs(each, dict.fromkeys(arms[name]), quick=True)
+          out[name].name: [
+            run
+            for run in grid.final_runs(each, dict.fromkeys(arms[name]), quick=True)
+            if not results.done(run, kept[name])
+          ]
           for name, each in going.items()
         }
         into = once(planned, into(quick, runs), quick, console)
       for name, fewer in going.items():
-        leaf = pathlib.Path(name).name
-        out = pathlib.Path(elsewhere, leaf) if elsewhere else pathlib.Path('experiments', name)
-        kept = out.with_name(fewer.pool or out.name)
+        there = kept[name]
         if not FLAGS.report_only:
           if not FLAGS.quick:
             models.prepare(fewer, into, console)
-          walk(fewer, arms[name], kept, into(kept, runs / kept.name), console, FLAGS.quick)
-        there = {result['arm'] for result in results.read(experiments[name], kept, 'results')}
-        if _NAME != 'all' or there.issuperset(arms[name]):
-          write(experiments[name], name, kept, out, console)
+          walk(fewer, arms[name], there, into(there, runs / there.name), console, FLAGS.quick)
+        done = {result['arm'] for result in results.read(experiments[name], there, 'results')}
+        if _NAME != 'all' or done.issuperset(arms[name]):
+          write(experiments[name], name, there, out[name], console)
   except KeyboardInterrupt:
     same = f', with --out={elsewhere},' if elsewhere else ''
     console.print(f'Stopped; the same command{same} goes on from here.', soft_wrap=True)

@@ -142,9 +142,9 @@ class Processes:
   """Trains runs in processes, each with its share of the cores: one where there is one each.
 
   They start where there is a run for them, and stay for those to come. A run has the same share
-  however many wait beside it: on more cores it rounds otherwise, and a model that is made again
-  would be another. On leaving the context, or the runs before their end, they end; a run that is
-  under way saves its state first.
+  however many wait beside it, on a machine of as many cores and with the same `count`: on more
+  cores it rounds otherwise, and a model that is made again would be another. On leaving the
+  context, or the runs before their end, they end; a run that is under way saves its state first.
 
   Args:
     count: of processes at most, among which the cores are dealt.
@@ -246,8 +246,10 @@ class Worker:
 
 
 def shares(cores: Sequence[int], count: int) -> list[Sequence[int]]:
-  """Cores dealt to `count` processes; where there are more processes, several keep to one."""
-  return [cores[i % len(cores) :: count] if cores else () for i in range(count)]
+  """As many cores for each of `count` processes; where they are more than cores, some share one."""
+  each = max(len(cores) // count, 1)
+  starts = (i * each % len(cores) if cores else 0 for i in range(count))
+  return [cores[start : start + each] for start in starts]
 
 
 def _cores() -> list[int]:

@@ -26,10 +26,11 @@ def test_a_flag_leaves_of_each_experiment_what_it_has():
 
 def test_processes_share_the_cores():
   assert workers.shares([0, 1, 4], 1) == [[0, 1, 4]]
-  assert workers.shares([0, 1, 4], 2) == [[0, 4], [1]]
+  assert workers.shares([0, 1, 4], 2) == [[0], [1]]  # a run has the same share in either
+  assert workers.shares([0, 1, 4, 5], 2) == [[0, 1], [4, 5]]
   assert workers.shares([3, 5], 2) == [[3], [5]]
   assert workers.shares([3, 5], 3) == [[3], [5], [3]]
-  assert workers.shares([], 2) == [(), ()]
+  assert workers.shares([], 2) == [[], []]
 
 
 def test_all_begins_with_what_was_named_beforehand():
@@ -101,12 +102,12 @@ def test_processes_stay_for_the_next_runs_and_each_keeps_its_share(started):
   """A model that is made again alone is the one that was made beside others."""
   with workers.Processes(2, '') as processes:
     one = list(processes.into('x', 'y')(['a']))
-    assert [w.cores for w in started] == [[0, 4]]
+    assert [w.cores for w in started] == [[0]]
     assert list(processes.into('x', 'y')([])) == []
     three = list(processes.into('v', 'w')(['b', 'c', 'd']))
     two = list(processes.into('x', 'y')(['e', 'f']))
     last = list(processes.into('x', 'y')(['g']))
-    assert [w.cores for w in started] == [[0, 4], [1]]  # nothing started anew
+    assert [w.cores for w in started] == [[0], [1]]  # nothing started anew
     assert sorted(run for w in started for run in w.given) == list('abcdefg')
   assert [run for run, _ in one + last] == [('a', 'x', 'y'), ('g', 'x', 'y')]
   assert sorted(run for run, _ in three) == [(name, 'v', 'w') for name in 'bcd']
@@ -178,7 +179,7 @@ def test_the_command_runs_goes_on_and_tells_a_mistake_of_a_run(tmp_path):
   assert (out / 'curves.png').exists()
 
   (out / 'results' / 'dopd.seed0.json').unlink()
-  (tmp_path / 'out' / 'quick' / 'results' / 'small.dopd.seed0.json').unlink()
+  (tmp_path / 'out' / '.quick' / 'results' / 'small.dopd.seed0.json').unlink()
   told = command(*args, '--arms=opd,dopd').stdout
   assert 'dopd.seed0: ' in told and '\nopd.seed0: ' not in f'\n{told}'
   told = command(*args, code=2).stderr.strip()
