@@ -163,6 +163,19 @@ def chosen(flag: str, wanted: Sequence[str], known: Mapping[str, Sequence]) -> d
   return {name: [x for x in each if not wanted or str(x) in wanted] for name, each in known.items()}
 
 
+def folders(
+  name: str, experiment: Experiment, elsewhere: str, quick: bool
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Where an experiment's pages go, and its results.
+
+  Those of a quick run are not shared: without tuning, an arm has another rate in an experiment that
+  names the tuned one.
+  """
+  leaf = pathlib.Path(name).name
+  out = pathlib.Path(elsewhere, leaf) if elsewhere else pathlib.Path('experiments', name)
+  return out, out if quick else out.with_name(experiment.pool or leaf)
+
+
 def main() -> None:
   """The command."""
   if not _NAME:
@@ -179,9 +192,7 @@ def main() -> None:
   }
   elsewhere = FLAGS.out or (tempfile.mkdtemp(prefix='quick-') if FLAGS.quick else '')
   runs = pathlib.Path(FLAGS.runs or (f'{elsewhere}/runs' if elsewhere else 'runs/experiments'))
-  leaf = lambda name: pathlib.Path(name).name
-  out = {n: pathlib.Path(elsewhere or 'experiments', leaf(n) if elsewhere else n) for n in going}
-  kept = {name: out[name].with_name(each.pool or leaf(name)) for name, each in going.items()}
+  places = {n: folders(n, each, elsewhere, FLAGS.quick) for n, each in going.items()}
   console = Console()
   if not FLAGS.report_only:
     common.end_by_interrupt()
@@ -194,23 +205,23 @@ def main() -> None:
           os.environ.setdefault(variable, value)
         quick = pathlib.Path(elsewhere, '.quick')
         planned = {
-          out[name].name: [
+          places[name][0].name: [
             run
             for run in grid.final_runs(each, dict.fromkeys(arms[name]), quick=True)
-            if not results.done(run, kept[name])
+            if not results.done(run, places[name][1])
           ]
           for name, each in going.items()
         }
         into = once(planned, into(quick, runs), quick, console)
       for name, fewer in going.items():
-        there = kept[name]
+        out, kept = places[name]
         if not FLAGS.report_only:
           if not FLAGS.quick:
             models.prepare(fewer, into, console)
-          walk(fewer, arms[name], there, into(there, runs / there.name), console, FLAGS.quick)
-        done = {result['arm'] for result in results.read(experiments[name], there, 'results')}
-        if _NAME != 'all' or done.issuperset(arms[name]):
-          write(experiments[name], name, there, out[name], console)
+          walk(fewer, arms[name], kept, into(kept, runs / kept.name), console, FLAGS.quick)
+        there = {result['arm'] for result in results.read(experiments[name], kept, 'results')}
+        if _NAME != 'all' or there.issuperset(arms[name]):
+          write(experiments[name], name, kept, out, console)
   except KeyboardInterrupt:
     same = f', with --out={elsewhere},' if elsewhere else ''
     console.print(f'Stopped; the same command{same} goes on from here.', soft_wrap=True)

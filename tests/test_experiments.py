@@ -289,6 +289,16 @@ def test_a_quick_run_is_small_and_does_not_tune(tmp_path):
   assert all('size=64' in c.data.train and c.objective.temperature == 2.0 for c in ran)
 
 
+def test_a_quick_run_of_all_has_one_run_a_file():
+  """An arm of a pool may name the rate that another experiment finds by tuning."""
+  files = {}
+  for name, experiment in DECLARED.items():
+    _, kept = run.folders(name, experiment, 'out', quick=True)
+    for one in grid.final_runs(experiment, dict.fromkeys(experiment.arms), quick=True):
+      assert files.setdefault(one.file(kept), one.config_hash) == one.config_hash
+  assert len({file.parent.parent for file in files}) == len(DECLARED)
+
+
 def test_a_quick_run_of_many_trains_a_config_once(tmp_path):
   arms = {**EXPERIMENT.arms, 'again': Arm('method=opd'), 'far': Arm('method=opd,seed=0')}
   both = {'one': EXPERIMENT, 'two': dataclasses.replace(EXPERIMENT, arms=arms)}
