@@ -11,6 +11,7 @@ _VALUES |= {'quarter': 4.0, 'twelve': 12.0, 'dozen': 12.0}
 
 _NUMBER = r'\d[\d,]*\d(?:\.\d+)?|\d+(?:\.\d+)?'
 _NUMBERS = re.compile(_NUMBER)
+_SIGNED = re.compile(rf'(?P<sign>-?)(?P<number>{_NUMBER})')
 # What stands after an equals sign, up to the next one or the end of its sentence.
 _RIGHT_SIDE = re.compile(
   rf'=\s*[^\w=]*?(?P<first>(?:{_NUMBER})(?:/\d+(?![\w.]*\s*[-+*/×÷]))?)(?P<rest>[^=]*?)(?=$|=|\.\s|\n)'
@@ -43,8 +44,8 @@ def steps_without_results(solution: str, problem: str, answer: str) -> str:
   """Numbered steps of a worked solution, with every result taken out.
 
   A number stays if the problem gives it and it is not the answer. What a step arrives at becomes
-  `?`; where a later step takes it up it becomes `[step 2]`, so that the order of the work stays
-  readable. The final answer stays nowhere, not even where the problem happens to hold the same
+  `?`; where a later step takes it up it becomes `[step 2]`, its sign included, so that the order of
+  the work stays readable. The final answer stays nowhere, not even where the problem happens to hold the same
   number.
 
   Args:
@@ -63,24 +64,31 @@ def steps_without_results(solution: str, problem: str, answer: str) -> str:
   kept = (given | (implied - results_in('\n'.join(lines)))) - numbers_in(answer)
 
   steps: list[str] = []
-  known: dict[float, int] = {}
+  known: dict[float, tuple[int, bool]] = {}  # step, and whether its result is below zero
   for number, line in enumerate(lines, start=1):
 
     def show(match: re.Match) -> str:
-      value = _value(match.group())
+      value = _value(match['number'])
       if value in kept:
         return match.group()
-      return f'[step {known[value]}]' if value in known else _BLANK
+      if value not in known:
+        return match['sign'] + _BLANK
+      step, negative = known[value]
+      before = match.string[: match.start()].rstrip()
+      own = negative and (not before or before[-1] in '+-*/×÷=(')  # no subtraction
+      return ('' if own else match['sign']) + f'[step {step}]'
 
     text, start = '', 0
     for result in _lone_results(line):
-      before = _NUMBERS.sub(show, line[start : result.start('first')])
+      before = _SIGNED.sub(show, line[start : result.start('first')])
       # The sign belongs to the result.
       text += re.sub(r'(=\s*\W?)-$', r'\1', before) + _BLANK
       start = result.end('first')
-    steps.append(f'{number}. {text}{_NUMBERS.sub(show, line[start:])}')
-    for value in _results(line) - numbers_in(answer):
-      known.setdefault(value, number)
+    steps.append(f'{number}. {text}{_SIGNED.sub(show, line[start:])}')
+    for result in _lone_results(line):
+      negative = line[: result.start('first')].endswith('-')
+      for value in {_value(part) for part in result['first'].split('/')} - numbers_in(answer):
+        known.setdefault(value, (number, negative))
   return '\n'.join(steps)
 
 

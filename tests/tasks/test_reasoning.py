@@ -86,7 +86,11 @@ def test_gsm_solutions_are_right_by_both_verifiers(gsm):
     ('12 * 16 = 192\n192 / 16 = 12', '12 jars for 16', '12', '1. ? * 16 = ?\n2. [step 1] / 16 = ?'),
     # Thousands, currencies, signs, fractions, bullets, per cent.
     ('- $410,000 x 7/100 = $28,700.', '$410000 and 7%', '28700', '1. $410,000 x 7/100 = $?.'),
-    ('5 - 9 = -4\n-4 * 2 = -8', '5, 9, 2', '-8', '1. 5 - 9 = ?\n2. -[step 1] * 2 = ?'),
+    # A step below zero is taken up with its sign; a subtraction keeps its own.
+    ('5 - 9 = -4\n-4 * 2 = -8', '5, 9, 2', '-8', '1. 5 - 9 = ?\n2. [step 1] * 2 = ?'),
+    ('5 - 9 = -4\n7 - -4 = 11', '5, 9, 7', '11', '1. 5 - 9 = ?\n2. 7 - [step 1] = ?'),
+    ('5 + 9 = 14\n-14 + 3 = -11', '5, 9, 3', '-11', '1. 5 + 9 = ?\n2. -[step 1] + 3 = ?'),
+    ('5 - 9 = -4\n3-4 = 1', '5, 9, 3', '1', '1. 5 - 9 = ?\n2. 3-[step 1] = ?'),
     ('15/60 = 1/4 miles', '15 miles in 60', '88', '1. 15/60 = ? miles'),
     ('0.8*100 = 80 students', '100 students, 80% swim', '97', '1. 0.8*100 = ? students'),
     # Not given anywhere: a number that only the solution knows.

@@ -1,0 +1,28 @@
+"""The headline contrasts with two other teachers, and the ten seeds of students.
+
+  python -m experiments.run teachers --jobs=2
+
+The teachers are others by their seed alone: another start, and another order of the same problems.
+"""
+
+from experiments import study
+from experiments.grid import Arm
+
+OTHERS = ('teacher_1', 'teacher_2')
+METHODS = {'opd': study.OPD, 'opd_privileged': study.OPD_PRIVILEGED, 'dopd': study.DOPD}
+
+EXPERIMENT = study.study(
+  'Do the headline contrasts come out alike with two other teachers?',
+  {
+    f'{name}_{teacher}': Arm(f'{arm.arg},teacher={teacher}', arm.changes)
+    for teacher in OTHERS
+    for name, arm in METHODS.items()
+  },
+  references={f'{name}_{teacher}': f'opd_{teacher}' for teacher in OTHERS for name in METHODS},
+  models={
+    'student': study.MODELS['student'],
+    'teacher_1': 'configs/study_sft.py:model=teacher,seed=1',
+    'teacher_2': 'configs/study_sft.py:model=teacher,seed=2',
+  },
+  seeds=range(10),
+)
