@@ -5,19 +5,23 @@ r"""The text study: plan-execute with hints that tell what cannot be inferred; a
 
 Device: 2 CPU cores, half a minute. `rho` is the share of problems in which two chains lead to the
 query and the hint tells which one the reference takes: log 2 nats that the student never gets.
-`configs/study_sft.py` made the models; a smoke run takes the pair of the quickstart instead.
+With task=chain_sum the problems are reasoning_gym's, and the hint tells nothing that is not in the
+problem. `configs/study_sft.py` made the models; a smoke run takes the pair of the quickstart
+instead, or makes one.
 """
 
 from dopd_jax import config
 
 MODELS = 'runs/experiments/models'
 PACKAGE = 'package:dopd_jax/assets/quickstart'
+CHAIN_SUM = 'task:chain_sum?min_terms=4&max_terms=4&min_digits=1&max_digits=1'
 
 
 def get_config(arg=''):
   a = config.parse_arg(
     arg,
     smoke=False,
+    task='plan_execute',
     method='dopd',
     seed=0,
     rho=0.5,
@@ -34,13 +38,14 @@ def get_config(arg=''):
   c.student.path = f'{PACKAGE}/student' if a.smoke else f'{a.models}/{a.student}_{a.seed}'
   c.teacher.path = f'{PACKAGE}/teacher' if a.smoke else f'{a.models}/{a.teacher}'
   few = lambda size: 64 if a.smoke else size
+  chain_sum = a.task == 'chain_sum'
   world = f'task:plan_execute?letters=6&modulus=7&rho={a.rho}&hint={a.hint}'
-  task = f'{world}&steps=2&definitions=4'
+  task = f'{CHAIN_SUM}&hint={a.hint}' if chain_sum else f'{world}&steps=2&definitions=4'
   c.data.train = f'{task}&size={few(5000)}&seed={1000 + a.seed}'
   c.data.eval = f'{task}&size={few(a.size or 2000)}&seed=8&split=test'
   # Out of distribution: nobody has seen three steps.
   longer = f'{world}&steps=3&definitions=6&size={few(500)}&seed=8&split=test'
-  c.data.evals = (('longer', longer),)
+  c.data.evals = () if chain_sum else (('longer', longer),)
   if a.staged:  # one subject after the other, each measured at every look
     subjects = (('plus', '+'), ('minus', '-'), ('times', '*'))
     c.data.train = ''
@@ -55,7 +60,7 @@ def get_config(arg=''):
   c.data.prompt_bucket = 16
   c.rollout.prompts = 32
   c.rollout.samples = 4
-  c.rollout.max_new_tokens = 8
+  c.rollout.max_new_tokens = 24 if chain_sum else 8
   c.optimizer.learning_rate = 5e-4
   c.optimizer.warmup_steps = 10
   c.microbatch = 128
@@ -69,6 +74,12 @@ def get_config(arg=''):
     c.evaluation.every = 0
     c.evaluation.teacher = False
   if a.smoke:
+    if chain_sum:
+      c.tokenizer = 'task:chain_sum'
+      for policy in (c.student, c.teacher):
+        policy.path = ''
+        policy.architecture = {'layers': 1, 'width': 16, 'heads': 2, 'kv_heads': 1, 'head_width': 8}
+        policy.architecture.update(feed_forward=32, max_position=128)
     c.optimizer.warmup_steps = 0
     c.rollout.prompts = 4
     c.microbatch = 16

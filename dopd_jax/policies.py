@@ -221,9 +221,13 @@ def load_tokenizer(spec: Any) -> Any:
   if not spec:
     raise UserError('a student without a path needs a tokenizer: set config.tokenizer')
   if str(spec).startswith('task:'):
-    own = {'task:plan_execute': tasks.plan_execute, 'task:digits': tasks.digits}
+    own = {
+      'task:plan_execute': tasks.plan_execute,
+      'task:digits': tasks.digits,
+      'task:chain_sum': tasks.reasoning,
+    }
     if spec not in own:
-      raise UserError(f'{spec} has no tokenizer of its own: only {" and ".join(own)} have one')
+      raise UserError(f'{spec} has no tokenizer of its own: only {", ".join(own)} have one')
     return own[spec].tokenizer()
   import transformers  # slow to import, and only this needs it
 

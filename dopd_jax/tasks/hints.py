@@ -64,19 +64,19 @@ def steps_without_results(solution: str, problem: str, answer: str) -> str:
   kept = (given | (implied - results_in('\n'.join(lines)))) - numbers_in(answer)
 
   steps: list[str] = []
-  known: dict[float, tuple[int, bool]] = {}  # step, and whether its result is below zero
+  known: dict[float, int] = {}
   for number, line in enumerate(lines, start=1):
 
     def show(match: re.Match) -> str:
       value = _value(match['number'])
       if value in kept:
         return match.group()
-      if value not in known:
-        return match['sign'] + _BLANK
-      step, negative = known[value]
       before = match.string[: match.start()].rstrip()
-      own = negative and (not before or before[-1] in '+-*/×÷=(')  # no subtraction
-      return ('' if own else match['sign']) + f'[step {step}]'
+      unary = match['sign'] and (not before or before[-1] in '+-*/×÷=(')
+      if unary and -value in known:
+        return f'[step {known[-value]}]'
+      step = known.get(value, known.get(-value))
+      return match['sign'] + (_BLANK if step is None else f'[step {step}]')
 
     text, start = '', 0
     for result in _lone_results(line):
@@ -86,9 +86,9 @@ def steps_without_results(solution: str, problem: str, answer: str) -> str:
       start = result.end('first')
     steps.append(f'{number}. {text}{_SIGNED.sub(show, line[start:])}')
     for result in _lone_results(line):
-      negative = line[: result.start('first')].endswith('-')
+      sign = -1 if line[: result.start('first')].endswith('-') else 1
       for value in {_value(part) for part in result['first'].split('/')} - numbers_in(answer):
-        known.setdefault(value, (number, negative))
+        known.setdefault(sign * value, number)
   return '\n'.join(steps)
 
 

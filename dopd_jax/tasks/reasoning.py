@@ -16,6 +16,7 @@ from dopd_jax.errors import UserError
 from dopd_jax.tasks import judge
 from dopd_jax.tasks.common import field, in_split
 from dopd_jax.tasks.hints import result_spans, steps_without_results
+from dopd_jax.tasks.words import word_tokenizer
 
 HINTS = ('steps', 'none', 'answer', 'answer_steps', 'full', 'shuffled', 'partial')
 _NEEDS_SOLUTION = ('steps', 'answer_steps', 'full', 'shuffled', 'partial')
@@ -95,6 +96,14 @@ def make_records(
   return records
 
 
+def tokenizer():
+  """A Hugging Face tokenizer of chain_sum: one token a word, a line's end, a number up to 99."""
+  prompt = 'State the final answer to following arithmetic problem:'.split()
+  steps = [f'{k}.' for k in range(1, 10)] + ['[step', *(f'{k}]' for k in range(1, 10)), '?', '-?']
+  numbers = [str(n) for n in range(-99, 100)]
+  return word_tokenizer(['\n', '=', '+', '-', '####', *steps, *numbers, *prompt])
+
+
 def verify(record: Any, completion: str) -> float:
   """The family's own score of the final answer in a completion, 0 to 1; 1.0 is right."""
   family = field(record, 'verifier').removeprefix('reasoning_gym:')
@@ -106,10 +115,13 @@ def verify(record: Any, completion: str) -> float:
       'metadata that the family made; keep it with the record.'
     )
   given = final_answer(completion)
-  if isinstance(answer, str) and _number(answer) is not None:
+  wanted = _number(answer) if isinstance(answer, str) else None
+  if wanted is not None and (number := _last_number(given)) is not None:
     # A family reads the first number that it finds, and knows no thousands separators.
-    number = _last_number(given)
-    given = given if number is None else number
+    given = number
+    # Most give half for 14 where 4 is right, since 4 stands in it.
+    if answer in given and Decimal(given) != wanted:
+      return 0.0
   entry = {'question': field(record, 'prompt'), 'answer': answer, 'metadata': metadata}
   try:
     reward = _JUDGE.score(family, given, entry)

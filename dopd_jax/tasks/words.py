@@ -39,7 +39,7 @@ def word_tokenizer(words: Sequence[str], images: bool = False) -> 'PreTrainedTok
   Ids: `<pad>` 0, `<unk>` 1, `<|im_end|>` 2 (the stop token), three role tokens, with `images` the
   three of `VISION` and that of videos, the heading of the privileged section, then the words in
   order. Words are split at white space, and the kind of white space is lost: a prompt may have a
-  definition on each line.
+  definition on each line. Where the end of a line is one of the words, it is a token of its own.
   """
   from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
@@ -53,6 +53,10 @@ def word_tokenizer(words: Sequence[str], images: bool = False) -> 'PreTrainedTok
   ids = {word: i for i, word in enumerate(vocabulary)}
   tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  if '\n' in words:
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+      [pre_tokenizers.Split(' ', 'removed'), pre_tokenizers.Split('\n', 'isolated')]
+    )
   tokenizer.add_special_tokens([PAD, UNKNOWN, STOP, *roles])
   tokenizer.add_tokens([AddedToken(REFERENCE, normalized=False)])
   fast = PreTrainedTokenizerFast(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dopd_jax import policies, token_records
 from dopd_jax.data import parse_record
 from dopd_jax.errors import UserError
 from dopd_jax.tasks import make_records, reasoning, verify
@@ -88,6 +89,12 @@ def test_gsm_solutions_are_right_by_both_verifiers(gsm):
     ('- $410,000 x 7/100 = $28,700.', '$410000 and 7%', '28700', '1. $410,000 x 7/100 = $?.'),
     # A step below zero is taken up with its sign; a subtraction keeps its own.
     ('5 - 9 = -4\n-4 * 2 = -8', '5, 9, 2', '-8', '1. 5 - 9 = ?\n2. [step 1] * 2 = ?'),
+    (
+      '9 - 5 = 4\n4 - 8 = -4\n-4 - 7 = -11',
+      '9, 5, 8, 7',
+      '-11',
+      '1. 9 - 5 = ?\n2. [step 1] - 8 = ?\n3. [step 2] - 7 = ?',
+    ),
     ('5 - 9 = -4\n7 - -4 = 11', '5, 9, 7', '11', '1. 5 - 9 = ?\n2. 7 - [step 1] = ?'),
     ('5 + 9 = 14\n-14 + 3 = -11', '5, 9, 3', '-11', '1. 5 + 9 = ?\n2. -[step 1] + 3 = ?'),
     ('5 - 9 = -4\n3-4 = 1', '5, 9, 3', '1', '1. 5 - 9 = ?\n2. 3-[step 1] = ?'),
@@ -121,6 +128,26 @@ def test_chains_of_sums(family):
   for record in make_records(family, 100, 3):
     assert verify(record, record['completion']) == 1.0
     assert not hint_numbers(record['privileged_context']) - numbers(record['prompt'])
+
+
+@pytest.mark.parametrize('wrong', ['1{}', '{}0', '-{}', '{}.5'])
+def test_a_number_that_holds_the_digits_of_the_answer_is_wrong(wrong):
+  record = next(r for r in make_records('chain_sum', 50, 3) if float(r['answer']) > 0)
+  assert verify(record, wrong.format(record['answer'])) == 0.0
+  assert verify(record, f'{record["answer"]}') == 1.0
+
+
+def test_the_tokenizer_of_chains_knows_every_word_and_the_ends_of_lines():
+  tokenizer = policies.load_tokenizer('task:chain_sum')
+  for record in make_records('chain_sum', 100, 4, min_terms=4, max_terms=4, max_digits=1):
+    for text in (record[key] for key in ('prompt', 'privileged_context', 'completion')):
+      said = tokenizer.decode(tokenizer(text)['input_ids'])
+      assert said.replace(' \n ', '\n') == text
+    ids = tokenizer(record['completion'])['input_ids']
+    kinds = reasoning.token_kinds(record, token_records.pieces(tokenizer, ids))
+    results = [tokenizer.decode([i]) for i, kind in zip(ids, kinds) if kind == 'execution']
+    assert results == [line.split()[-1] for line in record['completion'].splitlines()[:-1]]
+    assert verify(record, tokenizer.decode(ids)) == 1.0
 
 
 @pytest.mark.parametrize('piece', [r'\d', r'\d+'])
