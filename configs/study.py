@@ -6,8 +6,8 @@ r"""The text study: plan-execute with hints that tell what cannot be inferred; a
 Device: 2 CPU cores, half a minute. `rho` is the share of problems in which two chains lead to the
 query and the hint tells which one the reference takes: log 2 nats that the student never gets.
 With task=chain_sum the problems are reasoning_gym's, and the hint tells nothing that is not in the
-problem. `configs/study_sft.py` made the models; a smoke run takes the pair of the quickstart
-instead, or makes one.
+problem. `configs/study_sft.py` made the models; a smoke run of plan-execute takes the pair of the
+quickstart instead.
 """
 
 from dopd_jax import config
@@ -35,10 +35,11 @@ def get_config(arg=''):
   )
   c = config.default(a.method)
   c.seed = a.seed
-  c.student.path = f'{PACKAGE}/student' if a.smoke else f'{a.models}/{a.student}_{a.seed}'
-  c.teacher.path = f'{PACKAGE}/teacher' if a.smoke else f'{a.models}/{a.teacher}'
-  few = lambda size: 64 if a.smoke else size
   chain_sum = a.task == 'chain_sum'
+  packaged = a.smoke and not chain_sum
+  c.student.path = f'{PACKAGE}/student' if packaged else f'{a.models}/{a.student}_{a.seed}'
+  c.teacher.path = f'{PACKAGE}/teacher' if packaged else f'{a.models}/{a.teacher}'
+  few = lambda size: 64 if a.smoke else size
   world = f'task:plan_execute?letters=6&modulus=7&rho={a.rho}&hint={a.hint}'
   task = f'{CHAIN_SUM}&hint={a.hint}' if chain_sum else f'{world}&steps=2&definitions=4'
   c.data.train = f'{task}&size={few(5000)}&seed={1000 + a.seed}'
@@ -74,12 +75,6 @@ def get_config(arg=''):
     c.evaluation.every = 0
     c.evaluation.teacher = False
   if a.smoke:
-    if chain_sum:
-      c.tokenizer = 'task:chain_sum'
-      for policy in (c.student, c.teacher):
-        policy.path = ''
-        policy.architecture = {'layers': 1, 'width': 16, 'heads': 2, 'kv_heads': 1, 'head_width': 8}
-        policy.architecture.update(feed_forward=32, max_position=128)
     c.optimizer.warmup_steps = 0
     c.rollout.prompts = 4
     c.microbatch = 16

@@ -45,8 +45,8 @@ def steps_without_results(solution: str, problem: str, answer: str) -> str:
 
   A number stays if the problem gives it and it is not the answer. What a step arrives at becomes
   `?`; where a later step takes it up it becomes `[step 2]`, its sign included, so that the order of
-  the work stays readable. The final answer stays nowhere, not even where the problem happens to hold the same
-  number.
+  the work stays readable. The final answer stays nowhere, not even where the problem happens to
+  hold the same number.
 
   Args:
     solution: one step a line; a line `#### answer` is left out.

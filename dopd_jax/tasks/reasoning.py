@@ -98,7 +98,7 @@ def make_records(
 
 def tokenizer():
   """A Hugging Face tokenizer of chain_sum: one token a word, a line's end, a number up to 99."""
-  prompt = 'State the final answer to following arithmetic problem:'.split()
+  prompt = ['State', 'the', 'final', 'answer', 'to', 'following', 'arithmetic', 'problem:']
   steps = [f'{k}.' for k in range(1, 10)] + ['[step', *(f'{k}]' for k in range(1, 10)), '?', '-?']
   numbers = [str(n) for n in range(-99, 100)]
   return word_tokenizer(['\n', '=', '+', '-', '####', *steps, *numbers, *prompt])
