@@ -69,6 +69,32 @@ def test_the_first_token_that_does_not_follow_is_the_wrong_one():
   assert found['wrong plan'][3] == [1, 0, 0, 0] and found['wrong execution'][1] == [0, 0, 0, 1]
 
 
+def test_what_the_tokens_of_a_chain_are():
+  """Up to the first wrong token as wanted, and right; line ends and the answer are no kind."""
+  right = '1 + 2 = 3 \n 3 - 5 = -2 \n #### -2'
+  answers = {
+    right: 'rrrrr-rrrrr---',
+    '1 + 2 = 4 \n 4 - 5 = -1 \n #### -1': 'rrrrw---------',
+    '1 + 2 = + \n 3 - 5 = -2 \n #### -2': 'rrrrw---------',
+    '1 - 2 = -1 \n -1 - 5 = -6 \n #### -6': 'rw------------',
+    '1 + 2 = 3 3 - 5 = -2': 'rrrrr------',
+  }
+  tokenizer = tasks.reasoning.tokenizer()
+  record = Record(id='a', prompt='', completion=right.replace(' \n ', '\n'))
+  rows = [tokenizer(answer)['input_ids'] for answer in answers]
+  mask = np.array([[n < len(row) for n in range(14)] for row in rows])
+  tokens = np.array([row + [tokenizer.eos_token_id] * (14 - len(row)) for row in rows])
+  found = kinds.chains([Example(0, record, [], [])] * len(rows), tokenizer, tokens, mask)
+  assert np.flatnonzero(found['execution'][0]).tolist() == [4, 10]
+  assert np.flatnonzero(found['plan'][0]).tolist() == [0, 1, 2, 3, 6, 7, 8, 9]
+  for b, judged in enumerate(answers.values()):
+    marks = zip(found['right'][b], found['wrong'][b])
+    got = ''.join('r' if r else 'w' if w else '-' for r, w in marks)
+    assert got == judged.ljust(14, '-')
+  # A sign in the place of a value is a wrong value.
+  assert found['wrong execution'].sum() == 2 and found['wrong plan'].sum() == 1
+
+
 def test_auroc_is_the_share_of_pairs_in_order():
   rng = np.random.default_rng(0)
   high, low = rng.integers(0, 6, 40) + 0.0, rng.integers(0, 5, 30) + 0.0

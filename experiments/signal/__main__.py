@@ -1,21 +1,23 @@
 r"""Does a large gap mean capability? Signals against what each token is by construction.
 
   python -m experiments.signal                  # the ten students of the text study; a few minutes
+  python -m experiments.signal --of=reasoning   # the three of the chains of sums
   python -m experiments.signal --report_only    # table.md and signals.png from results.json
 
 Each student, before any distillation, answers problems at temperature 1; all four policies score
 its tokens. What a token is by construction, `kinds.py` says. DOPD's regimes are those of all
 problems as one batch.
 
-On the two students of the tuning, and on training problems, a router is learned from three signals,
-told tokens against all others, by logistic regression: `router.json`, for `hint_routing` with
-`signal='learned'`. What is told of the ten students is told on test problems.
+For `text`, a router is learned from three signals on the two students of the tuning and on training
+problems, told tokens against all others, by logistic regression: `router.json`, for `hint_routing`
+with `signal='learned'`. What is told of the other students is told on test problems.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +28,6 @@ from rich.console import Console
 from scipy import optimize, special, stats
 
 from dopd_jax import cli, collate, diagnose, evaluation, policies, sharding, workdirs
-from dopd_jax import config as configs
 from dopd_jax.config import Config
 from dopd_jax.errors import UserError
 from dopd_jax.losses import routing, rules
@@ -68,6 +69,24 @@ SHOWN = (
 )  # kinds whose regimes and log-probs are told
 
 
+class Subject(NamedTuple):
+  """What an experiment's students are asked, and where the answer lies."""
+
+  kinds: Callable[..., dict[str, np.ndarray]]
+  questions: Sequence[str]
+  folder: pathlib.Path
+
+
+SUBJECTS = {
+  'text': Subject(kinds.kinds, tuple(QUESTIONS), HERE),
+  'reasoning': Subject(
+    kinds.chains,
+    ('execution over plan', 'wrong over right plan', 'wrong over right execution'),
+    HERE.parent / 'reasoning' / 'signal',
+  ),
+}
+
+
 def everything() -> Objective:
   """An objective that only looks: all views, all pairs, one rule."""
 
@@ -98,11 +117,12 @@ class Looked(NamedTuple):
   signal: dict[str, np.ndarray]
 
 
-def look(config: Config) -> Looked:
+def look(config: Config, kinds_of: Callable[..., dict[str, np.ndarray]] = kinds.kinds) -> Looked:
   """A student answers, and all policies score its tokens.
 
   Args:
     config: of a run; its student answers `data.eval`. Microbatch rows divide these records.
+    kinds_of: as `kinds.kinds`.
 
   Raises:
     UserError: there are no tokens of some kind.
@@ -124,7 +144,7 @@ def look(config: Config) -> Looked:
     _, scored = diagnose.score(config, pair, objective, batch, config.microbatch)
     mask, tokens, found = collate.fetch((batch.mask, batch.tokens, scored.plan.token))
   right = evaluation.rewards(examples, evaluation.decode(pair.tokenizer, tokens, mask)) >= 0.5
-  kind = kinds.kinds(examples, pair.tokenizer, tokens, mask)
+  kind = kinds_of(examples, pair.tokenizer, tokens, mask)
   if few := [name for name, here in kind.items() if not here.any()]:
     raise UserError(f'there are no tokens of kind {few[0]}: give more --records')
   return Looked(config.seed, right, kind, found)
@@ -152,25 +172,37 @@ def fit(students: Sequence[Looked]) -> list[float]:
   return optimize.minimize(loss, np.zeros(1 + len(FEATURES)), jac=True).x.tolist()
 
 
-def measure(student: Looked, coefficients: Sequence[float]) -> dict[str, Any]:
-  """AUROC of every signal for every question, of one student; and means by kind of token."""
-  kind, c = student.kind, coefficients
-  learned = c[0] + sum(w * student.signal[name] for w, name in zip(c[1:], FEATURES))
-  found = student.signal | {LEARNED: learned}
+def measure(
+  student: Looked, coefficients: Sequence[float] = (), questions: Sequence[str] = tuple(QUESTIONS)
+) -> dict[str, Any]:
+  """AUROC of every signal for every question, of one student; and means by kind of token.
+
+  Args:
+    student: as `look` found it.
+    coefficients: of the learned router; without them it is none of the signals.
+    questions: of `QUESTIONS`.
+  """
+  kind, c, found = student.kind, coefficients, dict(student.signal)
+  if c:
+    found[LEARNED] = c[0] + sum(w * found[name] for w, name in zip(c[1:], FEATURES))
+  signals = [name for name in SIGNALS if name in found]
+  asked = {question: QUESTIONS[question] for question in questions}
   return {
     'seed': student.seed,
     'accuracy': float(student.right.mean()),
     'tokens': {name: int(here.sum()) for name, here in kind.items()},
     'auroc': {
-      question: {name: auroc(found[name][kind[high]], found[name][kind[low]]) for name in SIGNALS}
-      for question, (high, low) in QUESTIONS.items()
+      question: {name: auroc(found[name][kind[high]], found[name][kind[low]]) for name in signals}
+      for question, (high, low) in asked.items()
     },
     'mean': {
       name: {k: float(found[name][here].mean()) for k, here in kind.items()}
-      for name in (*SIGNALS, *LOGPS.values())
+      for name in (*signals, *LOGPS.values())
     },
     'regimes': {
-      k: {r.name: float((found[REGIME][kind[k]] == r).mean()) for r in REGIMES} for k in SHOWN
+      k: {r.name: float((found[REGIME][kind[k]] == r).mean()) for r in REGIMES}
+      for k in SHOWN
+      if k in kind
     },
   }
 
@@ -183,8 +215,8 @@ def auroc(high: np.ndarray, low: np.ndarray) -> float:
 def summary(found: list[dict[str, Any]]) -> dict[str, dict[str, Estimate]]:
   """Question -> signal -> mean over students with its 95 % t-interval."""
   return {
-    question: {name: estimate([f['auroc'][question][name] for f in found]) for name in SIGNALS}
-    for question in QUESTIONS
+    question: {name: estimate([f['auroc'][question][name] for f in found]) for name in signals}
+    for question, signals in found[0]['auroc'].items()
   }
 
 
@@ -193,12 +225,12 @@ def page(found: list[dict[str, Any]]) -> str:
   lines = [
     f'AUROC over {len(found)} students, mean and 95 % t-interval; .5 is chance.',
     '',
-    f'| signal | {" | ".join(QUESTIONS)} |',
-    f'|---|{"---:|" * len(QUESTIONS)}',
+    f'| signal | {" | ".join(found[0]["auroc"])} |',
+    f'|---|{"---:|" * len(found[0]["auroc"])}',
   ]
   by_question = summary(found)
-  for name in SIGNALS:
-    cells = [by_question[q][name] for q in QUESTIONS]
+  for name in next(iter(by_question.values())):
+    cells = [by_signal[name] for by_signal in by_question.values()]
     text = ' | '.join(f'{c.mean:.3f} ± {c.half:.3f}' for c in cells)
     lines.append(f'| `{name}` | {text} |')
   lines += [
@@ -209,7 +241,7 @@ def page(found: list[dict[str, Any]]) -> str:
     f'| tokens | {" | ".join([*(r.name for r in REGIMES), *LOGPS.values()])} |',
     f'|---|{"---:|" * (len(REGIMES) + len(LOGPS))}',
   ]
-  for kind in SHOWN:
+  for kind in found[0]['regimes']:
     shares = [np.mean([f['regimes'][kind][r.name] for f in found]) for r in REGIMES]
     logps = [np.mean([f['mean'][name][kind] for f in found]) for name in LOGPS.values()]
     row = [f'{x:.3f}' for x in shares] + [f'{x:.2f}' for x in logps]
@@ -219,10 +251,12 @@ def page(found: list[dict[str, Any]]) -> str:
 
 def picture(found: list[dict[str, Any]]) -> Figure:
   """A panel a question, a row a signal, a dot a student."""
-  drawn = Figure(figsize=(9, 5), layout='constrained')
-  panels = drawn.subplots(2, len(QUESTIONS) // 2, sharex=True, sharey=True)
-  for axes, question in zip(panels.flat, QUESTIONS):
-    draw.rows(axes, {name: [f['auroc'][question][name] for f in found] for name in SIGNALS})
+  asked = found[0]['auroc']
+  high = len(asked) // 3
+  drawn = Figure(figsize=(9, 2.5 * high), layout='constrained')
+  panels = drawn.subplots(high, 3, sharex=True, sharey=True)
+  for axes, (question, signals) in zip(panels.flat, asked.items()):
+    draw.rows(axes, {name: [f['auroc'][question][name] for f in found] for name in signals})
     axes.axvline(0.5, color=INK, lw=0.8, ls=':')
     axes.set(xlim=(-0.02, 1.02))
     axes.set_title(question, fontsize=10, loc='left', color=INK)
@@ -232,39 +266,43 @@ def picture(found: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
   """The command."""
-  console, file = Console(), HERE / 'results.json'
-  experiment = grid.load('text')
+  console, subject = Console(), SUBJECTS[FLAGS.of]
+  file, experiment = subject.folder / 'results.json', grid.load(FLAGS.of)
   if not FLAGS.report_only:
     common.end_by_interrupt()
     with workers.Processes(FLAGS.jobs, common.commit()) as processes:
       models.prepare(experiment, processes.into, console)
-    get_config = grid.module(grid.ROOT / experiment.base).get_config
-    words = f'method=hint_routing,size={FLAGS.records}'
+    arm = list(experiment.arms)[-1]  # one that reads the hint
     looked = {}
     with common.bar(console) as bar:
       seeds = [*experiment.tuning_seeds, *experiment.seeds]
       for seed in bar.track(seeds, description='students'):
-        tuning = ',tuning' if seed in experiment.tuning_seeds else ''
-        config = get_config(f'{words}{tuning},seed={seed}')
-        config.microbatch = MICROBATCH
-        looked[seed] = look(configs.validate(config))
-    coefficients = fit([looked[seed] for seed in experiment.tuning_seeds])
-    found = [measure(looked[seed], coefficients) for seed in experiment.seeds]
+        config = grid.make_config(experiment, arm, seed, tuning=seed in experiment.tuning_seeds)
+        shown = re.sub(r'\bsize=\d+', f'size={FLAGS.records}', config.data.eval)
+        data = dataclasses.replace(config.data, eval=shown)
+        config = dataclasses.replace(config, data=data, microbatch=MICROBATCH)
+        looked[seed] = look(config, subject.kinds)
+    tuned = [looked[seed] for seed in experiment.tuning_seeds]
+    coefficients = fit(tuned) if 'told' in tuned[0].kind else []
+    found = [measure(looked[seed], coefficients, subject.questions) for seed in experiment.seeds]
+    subject.folder.mkdir(exist_ok=True)
     with workdirs.writing(str(file)) as out:
       lines = [json.dumps(workers.rounded(one)) for one in found]
       out.write('[\n' + ',\n'.join(lines) + '\n]\n')
-    with workdirs.writing(str(HERE / 'router.json')) as out:
-      about = {'features': FEATURES, 'seeds': experiment.tuning_seeds}
-      out.write(json.dumps({'coefficients': coefficients, **about}) + '\n')
+    if coefficients:
+      with workdirs.writing(str(subject.folder / 'router.json')) as out:
+        about = {'features': FEATURES, 'seeds': experiment.tuning_seeds}
+        out.write(json.dumps({'coefficients': coefficients, **about}) + '\n')
   if not file.exists():
     raise UserError('there is no results.json yet: run without --report_only first')
   found = json.loads(file.read_text())
-  (HERE / 'table.md').write_text(page(found))
-  picture(found).savefig(HERE / 'signals.png', dpi=130)
+  (subject.folder / 'table.md').write_text(page(found))
+  picture(found).savefig(subject.folder / 'signals.png', dpi=130)
   console.print(page(found))
 
 
 if __name__ == '__main__':
+  flags.DEFINE_enum('of', 'text', list(SUBJECTS), 'The experiment whose students are looked at.')
   flags.DEFINE_integer('records', 500, f'Problems a student, a multiple of {MICROBATCH}.')
   flags.register_validator('records', lambda n: n > 0 and n % MICROBATCH == 0)
   flags.DEFINE_integer('jobs', 2, 'Models made at a time, where they are missing.', lower_bound=1)

@@ -1,4 +1,4 @@
-"""What every token of plan-execute is by construction.
+"""What every token is by construction: of plan-execute, or of a chain of sums.
 
 plan, execution    a variable, a value
 told, untold       plan tokens: the first of an answer where two chains lead to the query, so that
@@ -8,14 +8,18 @@ others             all that are not told
 right, wrong       up to the first that does not follow from the prompt and what was written before;
                    a variable that no route has here, a value that is not its definition's. What
                    comes after that one is neither. A verifier takes any route, so either is right.
+
+A chain has one right answer, whose results are execution and whose terms, signs and results taken
+up again are plans. Line ends, and the answer after `####`, are none.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from dopd_jax import token_records
 from dopd_jax.data import Example
-from dopd_jax.tasks import plan_execute
+from dopd_jax.tasks import plan_execute, reasoning
 
 NAMES = ('plan', 'execution', 'told', 'untold', 'first', 'others', 'right', 'wrong')
 
@@ -42,9 +46,43 @@ def kinds(
         of += ['wrong' if wrong else 'right']
       for name in of:
         found[name][b, n] = True
-  for judged in ('right', 'wrong'):
-    found |= {f'{judged} {kind}': found[judged] & found[kind] for kind in ('plan', 'execution')}
-  return found
+  return _judged(found)
+
+
+def chains(
+  examples: Sequence[Example], tokenizer, tokens: np.ndarray, mask: np.ndarray
+) -> dict[str, np.ndarray]:
+  """The same of chains of sums, without what tells told tokens.
+
+  Up to the first wrong token the kinds are those of the right answer, so that a sign where a result
+  belongs is a wrong execution; after it, those of what was written.
+  """
+  found = {name: np.zeros(mask.shape, bool) for name in ('plan', 'execution', 'right', 'wrong')}
+  for b, example in enumerate(examples):
+    kinds_of = lambda ids, record=example.record: reasoning.token_kinds(
+      record, token_records.pieces(tokenizer, ids)
+    )
+    wanted = tokenizer(example.record.completion)['input_ids']
+    written = tokens[b, mask[b]].tolist()
+    ours = kinds_of(written)
+    same = True
+    for n, (token, right, kind) in enumerate(zip(written, wanted, kinds_of(wanted))):
+      ours[n] = kind if same else ours[n]
+      if same and kind in found:
+        found['right' if token == right else 'wrong'][b, n] = True
+      same = same and token == right
+    for n, kind in enumerate(ours):
+      if kind in found:
+        found[kind][b, n] = True
+  return _judged(found)
+
+
+def _judged(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return found | {
+    f'{judged} {kind}': found[judged] & found[kind]
+    for judged in ('right', 'wrong')
+    for kind in ('plan', 'execution')
+  }
 
 
 def follows(record, words: Sequence[str], kind: str) -> bool:
