@@ -11,8 +11,8 @@ not: `data.train` expects records with `prompt`, `images`, `boxes` and `labels`.
 policies see is made of them: `--config.data.privileged_kind=` box+label (the paper), box+caption,
 box, label, caption, answer or none (its Table 5). Device: a TPU pod or 8 GPUs; never run on one.
 
-`smoke` trains the tiny pair that the package carries on real handwritten digits;
-`configs/vlm_sft.py` made it.
+`smoke` trains the tiny pair that the package carries on real handwritten digits, or that of a folder
+`models=DIR`, with the task's own `hint=KIND`; `configs/vlm_sft.py` made both.
 """
 
 from dopd_jax import config
@@ -36,7 +36,15 @@ PUBLISHED = {
 
 def get_config(arg=''):
   a = config.parse_arg(
-    arg, smoke=False, method='dopd', teacher='8b', student='2b', settings='published', seed=0
+    arg,
+    smoke=False,
+    method='dopd',
+    teacher='8b',
+    student='2b',
+    settings='published',
+    seed=0,
+    hint='',
+    models='',
   )
   if (a.teacher, a.student) not in PAIRS:
     pairs = ', '.join(f'teacher={t},student={s}' for t, s in PAIRS)
@@ -67,9 +75,11 @@ def get_config(arg=''):
   if a.settings == 'published':
     c.update_from_flattened_dict(PUBLISHED.get(a.method, {}))
   if a.smoke:
-    c.teacher.path = 'package:dopd_jax/assets/digits/teacher'
-    c.student.path = 'package:dopd_jax/assets/digits/student'
-    c.data.train = f'{TASK}?size=4000&seed={1000 + a.seed}'
+    where = f'{a.models}/digits_' if a.models else 'package:dopd_jax/assets/digits/'
+    c.teacher.path = f'{where}teacher'
+    c.student.path = f'{where}student'
+    kind = f'&hint={a.hint}' if a.hint else ''
+    c.data.train = f'{TASK}?size=4000&seed={1000 + a.seed}{kind}'
     c.data.eval = f'{TASK}?size=500&seed=8&split=test'
     c.data.privileged_kind = 'column'
     c.data.max_pixels = 0

@@ -28,7 +28,8 @@ from dopd_jax.tasks.common import SPLITS, field, in_split
 from dopd_jax.tasks.words import word_tokenizer
 
 SHAPES = ('circle', 'square', 'triangle', 'cross')
-HINTS = ('none', 'box', 'label', 'box+label', 'answer', 'shuffled')
+HINTS = ('none', 'box', 'label', 'box+label', 'answer', 'shuffled', 'mixed')
+TRUE = ('box', 'label', 'box+label', 'answer')  # those that say something right
 # For `dopd_jax.data.ImageProcessor(**PROCESSOR)`: a picture keeps its size, 16 tokens for 32 x 32
 # pixels; a small crop is enlarged to 9 tokens or 12.
 PROCESSOR = {'patch_size': 4, 'merge_size': 2, 'min_pixels': 24 * 24, 'max_pixels': 128 * 128}
@@ -102,8 +103,9 @@ def make_records(
     fewest: least number of digits in a picture.
     most: largest number, at most 4 (each has an owner of its own).
     asked: owners in the question; their digits are added modulo 10.
-    hint: what the privileged context holds: 'none', 'box', 'label', 'box+label', 'answer', or
-      'shuffled' (boxes and labels of another picture).
+    hint: what the privileged context holds: 'none', 'box', 'label', 'box+label', 'answer',
+      'shuffled' (boxes and labels of another picture) or 'mixed' (one of those that say something
+      right; their form tells which).
     label: of a box: 'owner', or 'digit', which gives the values away.
     trace: what a completion names before each value: the 'cell', which must be found, or the
       'owner', which the question says. Cells lead a tiny model to the digit: one that has 96 %
@@ -138,9 +140,12 @@ def make_records(
     told = items
     if hint == 'shuffled':
       told = draw(np.random.default_rng([SPLITS.index(split), seed, i, 1]))
+    kind = hint
+    if hint == 'mixed':
+      kind = str(np.random.default_rng([SPLITS.index(split), seed, i, 2]).choice(TRUE))
     record_id = f'digits/{split}/{seed}/{i}'
     record = _record(record_id, items[:asked], values, canvas, scale, label, trace)
-    record['privileged_context'] = _context(told[:asked], values, canvas, scale, hint, label)
+    record['privileged_context'] = _context(told[:asked], values, canvas, scale, kind, label)
     record['images'] = [_png(paint(rng, items))]
     records.append(record)
   return records

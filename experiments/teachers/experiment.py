@@ -1,4 +1,4 @@
-"""The headline contrasts with two other teachers, and the ten seeds of students.
+"""The headline contrasts with two other teachers, on the same three students.
 
   python -m experiments.run teachers --jobs=2
 
@@ -24,5 +24,4 @@ EXPERIMENT = study.study(
     'teacher_1': 'configs/study_sft.py:model=teacher,seed=1',
     'teacher_2': 'configs/study_sft.py:model=teacher,seed=2',
   },
-  seeds=range(10),
 )

@@ -22,7 +22,7 @@ from dopd_jax.data import (
 )
 from dopd_jax.errors import UserError
 from dopd_jax.tasks import digits, words
-from dopd_jax.tasks.digits import HINTS, SHAPES, make_records, score, token_kinds, verify
+from dopd_jax.tasks.digits import HINTS, SHAPES, TRUE, make_records, score, token_kinds, verify
 
 IMAGES = load_digits().images
 TARGETS = load_digits().target
@@ -127,6 +127,11 @@ def test_hints():
   assert context('answer') == [r['answer'] for r in records]
   given_away = context('box+label', label='digit')
   assert given_away == [f'{r["answer"]} {b}' for r, b in zip(records, boxes)]
+  mixed = context('mixed')
+  kinds = [context(kind) for kind in TRUE]
+  counts = [sum(m == k for m, k in zip(mixed, kind)) for kind in kinds]
+  assert sum(counts) == 200 and min(counts) > 30
+  assert mixed[:20] == [r['privileged_context'] for r in make_records(20, 5, hint='mixed')]
   shuffled = context('shuffled')
   assert [len(c.split()) for c in shuffled] == [5] * 200
   same = np.mean([s == c for s, c in zip(shuffled, context('box+label'))])
