@@ -11,8 +11,8 @@ not: `data.train` expects records with `prompt`, `images`, `boxes` and `labels`.
 policies see is made of them: `--config.data.privileged_kind=` box+label (the paper), box+caption,
 box, label, caption, answer or none (its Table 5). Device: a TPU pod or 8 GPUs; never run on one.
 
-`smoke` trains the tiny pair that the package carries on real handwritten digits, or that of a folder
-`models=DIR`, with the task's own `hint=KIND`; `configs/vlm_sft.py` made both.
+`smoke` trains the tiny pair that the package carries on real handwritten digits, or that of a
+folder, `models=DIR`, with `hint=KIND` of the task; `configs/vlm_sft.py` made both.
 """
 
 from dopd_jax import config
