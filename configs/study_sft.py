@@ -4,9 +4,10 @@ r"""Makes the models of `configs/study.py` from nothing; `python -m experiments.
   python -m dopd_jax.sft --config=configs/study_sft.py:model=student,seed=3 --workdir=runs/student
 
 Device: 2 CPU cores, minutes. In half of the problems two chains lead to the query, and the hint
-tells which one the reference takes. Half of the rows show the hint, so that both can use one and
-need none. A student is stopped at an accuracy, not at a step: values are learnt in a jump, whose
-step differs from seed to seed. Problems of the training split decide that.
+tells which one the reference takes. With task=chain_sum the problems are of reasoning_gym, and
+fewer steps will do. Half of the rows show the hint, so that both can use one and need none. A
+student is stopped at an accuracy, not at a step: values are learnt in a jump, whose step differs
+from seed to seed. Problems of the training split decide that.
 """
 
 from dopd_jax import config
@@ -45,9 +46,8 @@ def get_config(arg=''):
     task = f'task:chain_sum?min_terms=4&max_terms=4&min_digits=1&max_digits=1&hint={a.hint}'
     corrupt = ''
   teacher = a.model.startswith('teacher')
-  # There are some 39,000 such chains to train on.
-  many = 30_000 if chain_sum else 60_000
-  size, seed = (many, 1) if teacher else (20_000, 2000 + a.seed)
+  # There are 59,919 such chains to train on.
+  size, seed = (30_000 if chain_sum else 60_000, 1) if teacher else (20_000, 2000 + a.seed)
   c.data.train = f'{task}&size={size}&seed={seed}{corrupt}'
   c.data.eval = f'{task}&size=500&seed=77&split=train'
   c.data.max_prompt_tokens = 64
@@ -60,7 +60,7 @@ def get_config(arg=''):
   c.optimizer.weight_decay = 0.01
   c.microbatch = 64
   # The narrowest learns slower: one of five was at 46 % after 4,000 steps.
-  c.steps = 2000 if chain_sum else 8000 if a.model == 'student_small' else 4000
+  c.steps = 1000 if chain_sum else 8000 if a.model == 'student_small' else 4000
   c.evaluation.every = 500 if teacher else 25 if chain_sum else 100
   c.evaluation.stop_at = 0.0 if teacher else 0.5
   c.checkpoint.every = 500

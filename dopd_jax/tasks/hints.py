@@ -46,7 +46,7 @@ def steps_without_results(solution: str, problem: str, answer: str) -> str:
   A number stays if the problem gives it and it is not the answer. What a step arrives at becomes
   `?`; where a later step takes it up it becomes `[step 2]`, its sign included, so that the order of
   the work stays readable. The final answer stays nowhere, not even where the problem happens to
-  hold the same number.
+  hold the same number. A result that equals a number of the problem is not told from it, and stays.
 
   Args:
     solution: one step a line; a line `#### answer` is left out.
@@ -69,12 +69,12 @@ def steps_without_results(solution: str, problem: str, answer: str) -> str:
 
     def show(match: re.Match) -> str:
       value = _value(match['number'])
-      if value in kept:
-        return match.group()
       before = match.string[: match.start()].rstrip()
-      unary = match['sign'] and (not before or before[-1] in '+-*/×÷=(')
+      unary = match['sign'] and not re.search(r'[\d)\]$]$', before)
       if unary and -value in known:
         return f'[step {known[-value]}]'
+      if value in kept:
+        return match.group()
       step = known.get(value, known.get(-value))
       return match['sign'] + (_BLANK if step is None else f'[step {step}]')
 

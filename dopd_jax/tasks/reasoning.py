@@ -67,10 +67,7 @@ def make_records(
       f'Items of {family} carry no worked solution: name its metadata by solution=KEY, '
       "or take hint='answer' or hint='none'."
     )
-  steps = [
-    steps_without_results(text, entry['question'], entry['answer']) if text else ''
-    for text, entry in zip(solutions, entries)
-  ]
+  steps = [_steps(text, entry) if text else '' for text, entry in zip(solutions, entries)]
   records = []
   for i, (entry, text) in enumerate(zip(entries, solutions)):
     contexts = {
@@ -97,15 +94,21 @@ def make_records(
 
 
 def tokenizer():
-  """A Hugging Face tokenizer of chain_sum: one token a word, a line's end, a number up to 99."""
+  """A Hugging Face tokenizer of chain_sum: one token a word, a line's end, a number up to 99.
+
+  It knows the words of problems, solutions and every hint but `answer_steps`.
+  """
   prompt = ['State', 'the', 'final', 'answer', 'to', 'following', 'arithmetic', 'problem:']
-  steps = [f'{k}.' for k in range(1, 10)] + ['[step', *(f'{k}]' for k in range(1, 10)), '?', '-?']
+  steps = [f'{k}.' for k in range(1, 10)] + ['[step', *(f'{k}]' for k in range(1, 10)), '?']
   numbers = [str(n) for n in range(-99, 100)]
   return word_tokenizer(['\n', '=', '+', '-', '####', *steps, *numbers, *prompt])
 
 
 def verify(record: Any, completion: str) -> float:
-  """The family's own score of the final answer in a completion, 0 to 1; 1.0 is right."""
+  """The family's own score of the final answer in a completion, 0 to 1; 1.0 is right.
+
+  A number that merely holds the digits of a whole answer scores 0, where many families give a part.
+  """
   family = field(record, 'verifier').removeprefix('reasoning_gym:')
   answer = field(record, 'answer')
   metadata = field(record, 'metadata')
@@ -119,8 +122,8 @@ def verify(record: Any, completion: str) -> float:
   if wanted is not None and (number := _last_number(given)) is not None:
     # A family reads the first number that it finds, and knows no thousands separators.
     given = number
-    # Most give half for 14 where 4 is right, since 4 stands in it.
-    if answer in given and Decimal(given) != wanted:
+    # Most give half for 14 where 4 is right, since 4 stands in it. Decimals have a tolerance.
+    if '.' not in answer and answer in given and Decimal(given) != wanted:
       return 0.0
   entry = {'question': field(record, 'prompt'), 'answer': answer, 'metadata': metadata}
   try:
@@ -252,6 +255,18 @@ def _chain_of_sums(metadata: dict[str, Any]) -> str:
     lines.append(f'{total} {operator} {term} = {following}')
     total = following
   return '\n'.join([*lines, f'#### {total}'])
+
+
+def _steps(solution: str, entry: dict[str, Any]) -> str:
+  if entry['metadata'].get('source_dataset') not in _FROM_METADATA:
+    return steps_without_results(solution, entry['question'], entry['answer'])
+  # Of the expression alone: a result may equal one of its numbers.
+  first, *rest = entry['metadata']['expression'].split()
+  lines = [
+    f'{k}. {first if k == 1 else f"[step {k - 1}]"} {operator} {term} = ?'
+    for k, (operator, term) in enumerate(zip(rest[::2], rest[1::2]), start=1)
+  ]
+  return '\n'.join(lines)
 
 
 _FROM_METADATA: dict[str, Callable[[dict[str, Any]], str]] = {

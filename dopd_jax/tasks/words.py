@@ -41,7 +41,7 @@ def word_tokenizer(words: Sequence[str], images: bool = False) -> 'PreTrainedTok
   order. Words are split at white space, and the kind of white space is lost: a prompt may have a
   definition on each line. Where the end of a line is one of the words, it is a token of its own.
   """
-  from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+  from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 
   roles = [f'<|{role}|>' for role in ROLES]
@@ -55,7 +55,7 @@ def word_tokenizer(words: Sequence[str], images: bool = False) -> 'PreTrainedTok
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   if '\n' in words:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-      [pre_tokenizers.Split(' ', 'removed'), pre_tokenizers.Split('\n', 'isolated')]
+      [pre_tokenizers.Split(Regex(r'[^\S\n]+'), 'removed'), pre_tokenizers.Split('\n', 'isolated')]
     )
   tokenizer.add_special_tokens([PAD, UNKNOWN, STOP, *roles])
   tokenizer.add_tokens([AddedToken(REFERENCE, normalized=False)])

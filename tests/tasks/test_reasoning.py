@@ -96,6 +96,7 @@ def test_gsm_solutions_are_right_by_both_verifiers(gsm):
       '1. 9 - 5 = ?\n2. [step 1] - 8 = ?\n3. [step 2] - 7 = ?',
     ),
     ('5 - 9 = -4\n7 - -4 = 11', '5, 9, 7', '11', '1. 5 - 9 = ?\n2. 7 - [step 1] = ?'),
+    ('7 - 9 = -2\n4 x -2 = -8', '7, 9, 4, 2', '-8', '1. 7 - 9 = ?\n2. 4 x [step 1] = ?'),
     ('5 + 9 = 14\n-14 + 3 = -11', '5, 9, 3', '-11', '1. 5 + 9 = ?\n2. -[step 1] + 3 = ?'),
     ('5 - 9 = -4\n3-4 = 1', '5, 9, 3', '1', '1. 5 - 9 = ?\n2. 3-[step 1] = ?'),
     ('15/60 = 1/4 miles', '15 miles in 60', '88', '1. 15/60 = ? miles'),
@@ -127,7 +128,21 @@ def test_hints_of_chains_hold_the_terms_and_nothing_else(terms, signs):
 def test_chains_of_sums(family):
   for record in make_records(family, 100, 3):
     assert verify(record, record['completion']) == 1.0
-    assert not hint_numbers(record['privileged_context']) - numbers(record['prompt'])
+    first, *steps = record['privileged_context'].splitlines()
+    assert not hint_numbers(first) - numbers(record['prompt'])
+    # No result stands in for the step that arrives at it, though it may equal a number given.
+    for k, step in enumerate(steps, start=2):
+      assert re.fullmatch(rf'{k}\. \[step {k - 1}\] [+-] [\d.]+ = \?', step)
+    terms = re.findall(r'[\d.]+', record['metadata']['expression'])
+    assert (
+      re.findall(r'[\d.]+', re.sub(r'\[step \d+\]|\d+\. ', '', record['privileged_context']))
+      == terms
+    )
+
+
+def test_decimals_keep_the_tolerance_of_their_family():
+  record = make_records('decimal_arithmetic', 1, 3, hint='none')[0]
+  assert verify(record, record['answer'] + '1') == verify(record, record['answer']) == 1.0
 
 
 @pytest.mark.parametrize('wrong', ['1{}', '{}0', '-{}', '{}.5'])
