@@ -11,6 +11,7 @@ quickstart instead.
 """
 
 from dopd_jax import config
+from dopd_jax.errors import UserError
 
 MODELS = 'runs/experiments/models'
 PACKAGE = 'package:dopd_jax/assets/quickstart'
@@ -35,6 +36,8 @@ def get_config(arg=''):
   )
   c = config.default(a.method)
   c.seed = a.seed
+  if a.task not in ('plan_execute', 'chain_sum') or (a.staged and a.task != 'plan_execute'):
+    raise UserError('task must be plan_execute, or chain_sum without staged')
   chain_sum = a.task == 'chain_sum'
   packaged = a.smoke and not chain_sum
   c.student.path = f'{PACKAGE}/student' if packaged else f'{a.models}/{a.student}_{a.seed}'

@@ -51,6 +51,8 @@ def get_config(arg=''):
     raise UserError(f'no such pair: use one of {pairs}, or set teacher.path and student.path')
   if a.settings not in ('published', 'paper'):
     raise UserError(f'settings must be published or paper, not {a.settings!r}')
+  if (a.hint or a.models) and not a.smoke:
+    raise UserError('hint and models are those of smoke: set config.data.privileged_kind instead')
   c = config.default(a.method)
   c.seed = a.seed
   c.teacher.path = f'Qwen/Qwen3-VL-{a.teacher.upper()}-Instruct'

@@ -55,6 +55,7 @@ def get_config(arg=''):
   c.tokenizer = 'task:digits'
   c.objective.privileged_share = 0.5
   teacher = a.model == 'teacher'
+  # That of the package's pair is the task's own, and not written out.
   kind = '' if a.hint == 'box+label' else f'&hint={a.hint}'
   c.data.train = f'{TASK}?size=30000&seed={1 if teacher else 2}{kind}'
   c.data.eval = f'{TASK}?size=500&seed=7&split=test'
@@ -72,7 +73,7 @@ def get_config(arg=''):
   c.microbatch = 64
   c.optimizer.final_share = 0.0 if teacher else 1.0
   c.steps = 2500 if teacher else 1900
-  if kind and not teacher:  # which step that is, depends on the hints
+  if kind and not teacher:  # which step that is, depends on the hints; no test problem decides it
     c.steps, c.evaluation.stop_at = 4000, 0.6
     c.data.eval = f'{TASK}?size=500&seed=7&split=train'
   c.evaluation.every = 100

@@ -78,11 +78,12 @@ def test_what_the_tokens_of_a_chain_are():
     '1 + 2 = + \n 3 - 5 = -2 \n #### -2': 'rrrrw---------',
     '1 - 2 = -1 \n -1 - 5 = -6 \n #### -6': 'rw------------',
     '1 + 2 = 3 3 - 5 = -2': 'rrrrr------',
+    '1 + 2 =': 'rrrr',
   }
   tokenizer = tasks.reasoning.tokenizer()
   record = Record(id='a', prompt='', completion=right.replace(' \n ', '\n'))
   rows = [tokenizer(answer)['input_ids'] for answer in answers]
-  mask = np.array([[n < len(row) for n in range(14)] for row in rows])
+  mask = np.array([[n <= len(row) for n in range(14)] for row in rows])  # the stop as well
   tokens = np.array([row + [tokenizer.eos_token_id] * (14 - len(row)) for row in rows])
   found = kinds.chains([Example(0, record, [], [])] * len(rows), tokenizer, tokens, mask)
   assert np.flatnonzero(found['execution'][0]).tolist() == [4, 10]

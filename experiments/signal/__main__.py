@@ -74,15 +74,19 @@ class Subject(NamedTuple):
 
   kinds: Callable[..., dict[str, np.ndarray]]
   questions: Sequence[str]
+  arm: str  # whose config reads the hint
   folder: pathlib.Path
+  router: bool  # whether one is learned, on the students of the tuning
 
 
 SUBJECTS = {
-  'text': Subject(kinds.kinds, tuple(QUESTIONS), HERE),
+  'text': Subject(kinds.kinds, tuple(QUESTIONS), 'hint_routing', HERE, router=True),
   'reasoning': Subject(
     kinds.chains,
     ('execution over plan', 'wrong over right plan', 'wrong over right execution'),
+    'dopd_chains',
     HERE.parent / 'reasoning' / 'signal',
+    router=False,
   ),
 }
 
@@ -252,9 +256,9 @@ def page(found: list[dict[str, Any]]) -> str:
 def picture(found: list[dict[str, Any]]) -> Figure:
   """A panel a question, a row a signal, a dot a student."""
   asked = found[0]['auroc']
-  high = len(asked) // 3
-  drawn = Figure(figsize=(9, 2.5 * high), layout='constrained')
-  panels = drawn.subplots(high, 3, sharex=True, sharey=True)
+  rows = -(-len(asked) // 3)
+  drawn = Figure(figsize=(9, 2.5 * rows), layout='constrained')
+  panels = drawn.subplots(rows, 3, sharex=True, sharey=True)
   for axes, (question, signals) in zip(panels.flat, asked.items()):
     draw.rows(axes, {name: [f['auroc'][question][name] for f in found] for name in signals})
     axes.axvline(0.5, color=INK, lw=0.8, ls=':')
@@ -272,18 +276,18 @@ def main() -> None:
     common.end_by_interrupt()
     with workers.Processes(FLAGS.jobs, common.commit()) as processes:
       models.prepare(experiment, processes.into, console)
-    arm = list(experiment.arms)[-1]  # one that reads the hint
     looked = {}
     with common.bar(console) as bar:
-      seeds = [*experiment.tuning_seeds, *experiment.seeds]
+      seeds = [*(experiment.tuning_seeds if subject.router else ()), *experiment.seeds]
       for seed in bar.track(seeds, description='students'):
-        config = grid.make_config(experiment, arm, seed, tuning=seed in experiment.tuning_seeds)
+        tuning = seed in experiment.tuning_seeds
+        config = grid.make_config(experiment, subject.arm, seed, tuning=tuning)
         shown = re.sub(r'\bsize=\d+', f'size={FLAGS.records}', config.data.eval)
         data = dataclasses.replace(config.data, eval=shown)
         config = dataclasses.replace(config, data=data, microbatch=MICROBATCH)
         looked[seed] = look(config, subject.kinds)
-    tuned = [looked[seed] for seed in experiment.tuning_seeds]
-    coefficients = fit(tuned) if 'told' in tuned[0].kind else []
+    tuned = [looked[seed] for seed in experiment.tuning_seeds if subject.router]
+    coefficients = fit(tuned) if subject.router else []
     found = [measure(looked[seed], coefficients, subject.questions) for seed in experiment.seeds]
     subject.folder.mkdir(exist_ok=True)
     with workdirs.writing(str(file)) as out:

@@ -55,7 +55,7 @@ def chains(
   """The same of chains of sums, without what tells told tokens.
 
   Up to the first wrong token the kinds are those of the right answer, so that a sign where a result
-  belongs is a wrong execution; after it, those of what was written.
+  belongs is a wrong execution; after it, those of what was written. A stop is of no kind.
   """
   found = {name: np.zeros(mask.shape, bool) for name in ('plan', 'execution', 'right', 'wrong')}
   for b, example in enumerate(examples):
@@ -63,7 +63,7 @@ def chains(
       record, token_records.pieces(tokenizer, ids)
     )
     wanted = tokenizer(example.record.completion)['input_ids']
-    written = tokens[b, mask[b]].tolist()
+    written = [t for t in tokens[b, mask[b]].tolist() if t != tokenizer.eos_token_id]
     ours = kinds_of(written)
     same = True
     for n, (token, right, kind) in enumerate(zip(written, wanted, kinds_of(wanted))):

@@ -2,8 +2,8 @@
 
   python -m experiments.run sizes --jobs=2
 
-Every student is trained to the same accuracy, so that size alone differs, not what it knows: other
-than in the paper, whose small student starts lower. Widths and layers are in configs/study_sft.py.
+Every student is trained to the same accuracy: other than in the paper, whose small student starts
+lower. Widths and layers are in configs/study_sft.py.
 """
 
 from experiments import study

@@ -3,20 +3,27 @@
   python -m experiments.run teachers --jobs=2
 
 The teachers are others by their seed alone: another start, and another order of the same problems.
+Rates are those that the tuning with the first teacher chose; none is chosen anew.
 """
 
-from experiments import study
+import dataclasses
+
+from experiments import grid, study
 from experiments.grid import Arm
 
 OTHERS = ('teacher_1', 'teacher_2')
-METHODS = {'opd': study.OPD, 'opd_privileged': study.OPD_PRIVILEGED, 'dopd': study.DOPD}
+METHODS = {
+  'opd': (study.OPD, 5e-4),
+  'opd_privileged': (study.OPD_PRIVILEGED, 5e-4),
+  'dopd': (study.DOPD, 2e-4),
+}
 
-EXPERIMENT = study.study(
+TUNED = study.study(
   'Do the headline contrasts come out alike with two other teachers?',
   {
-    f'{name}_{teacher}': Arm(f'{arm.arg},teacher={teacher}', arm.changes)
+    f'{name}_{teacher}': Arm(f'{arm.arg},teacher={teacher}', {**arm.changes, grid.RATE: rate})
     for teacher in OTHERS
-    for name, arm in METHODS.items()
+    for name, (arm, rate) in METHODS.items()
   },
   references={f'{name}_{teacher}': f'opd_{teacher}' for teacher in OTHERS for name in METHODS},
   models={
@@ -25,3 +32,4 @@ EXPERIMENT = study.study(
     'teacher_2': 'configs/study_sft.py:model=teacher,seed=2',
   },
 )
+EXPERIMENT = dataclasses.replace(TUNED, learning_rates=(), tuning_seeds=())
