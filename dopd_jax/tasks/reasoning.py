@@ -125,9 +125,11 @@ def verify(record: Any, completion: str) -> float:
     # Most give half for 14 where 4 is right, since 4 stands in it. Decimals have a tolerance.
     if '.' not in answer and answer in given and Decimal(given) != wanted:
       return 0.0
+  if given == answer:
+    return 1.0
   entry = {'question': field(record, 'prompt'), 'answer': answer, 'metadata': metadata}
   try:
-    reward = _JUDGE.score(family, given, entry)
+    reward = _score(family, given, json.dumps(entry))
   except (judge.Refused, TypeError, OSError) as error:
     raise UserError(
       f'Record {field(record, "id")}: {field(record, "verifier")} cannot judge it ({error}): '
@@ -135,6 +137,12 @@ def verify(record: Any, completion: str) -> float:
     ) from None
   # Some families give 0.01 to whatever looks like an answer: that is no part of being right.
   return 0.0 if reward <= 0.01 else min(reward, 1.0)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _score(family: str, given: str, entry: str) -> float:
+  """By the family, in a process of its own: at every look a student says most answers again."""
+  return _JUDGE.score(family, given, json.loads(entry))
 
 
 def token_kinds(record: Any, completion_pieces: list[str]) -> list[str]:

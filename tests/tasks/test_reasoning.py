@@ -140,6 +140,15 @@ def test_chains_of_sums(family):
     )
 
 
+def test_an_answer_is_judged_once(monkeypatch):
+  asked = []
+  monkeypatch.setattr(reasoning._JUDGE, 'score', lambda *about: asked.append(about) or 0.5)
+  record = make_records('decimal_arithmetic', 1, 5, hint='none')[0]
+  for _ in range(3):
+    assert verify(record, '0.125') == 0.5 and verify(record, record['answer']) == 1.0
+  assert [about[:2] for about in asked] == [('decimal_arithmetic', '0.125')]
+
+
 def test_decimals_keep_the_tolerance_of_their_family():
   record = make_records('decimal_arithmetic', 1, 3, hint='none')[0]
   assert verify(record, record['answer'] + '1') == verify(record, record['answer']) == 1.0
