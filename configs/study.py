@@ -15,7 +15,7 @@ from dopd_jax.errors import UserError
 
 MODELS = 'runs/experiments/models'
 PACKAGE = 'package:dopd_jax/assets/quickstart'
-CHAIN_SUM = 'task:chain_sum?min_terms=4&max_terms=4&min_digits=1&max_digits=1'
+CHAIN_SUM = 'task:chain_sum?min_terms=4&max_terms=4&min_digits=1&max_digits=1&verifier=exact'
 
 
 def get_config(arg=''):

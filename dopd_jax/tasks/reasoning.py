@@ -33,6 +33,7 @@ def make_records(
   *,
   hint: str = 'steps',
   solution: str | None = None,
+  verifier: str = 'family',
   split: str = 'train',
   **options: Any,
 ) -> list[dict[str, Any]]:
@@ -46,6 +47,8 @@ def make_records(
       'none', 'answer', 'answer_steps', 'full' (the worked solution), 'shuffled' (the steps of
       another item) or 'partial' (the first step).
     solution: the key of the metadata that holds the worked solution, a text or a list of steps.
+    verifier: 'family', its own score, in a process with limits, some 10 ms an answer; or 'exact',
+      the answer as a number or a text.
     split: 'train', 'test' or 'all'; the hash of the question decides.
     **options: of the family, as reasoning_gym names them.
 
@@ -55,6 +58,8 @@ def make_records(
   """
   if hint not in HINTS:
     raise UserError(f'{family} has no hint {hint!r}: choose one of {", ".join(HINTS)}.')
+  if verifier not in ('family', 'exact'):
+    raise UserError(f'{family} has no verifier {verifier!r}: choose family or exact.')
   if size < 1 or seed < 0:
     raise UserError(f'{family} needs size >= 1 and seed >= 0, not {size} and {seed}.')
   if hint == 'shuffled' and size < 2:
@@ -86,7 +91,7 @@ def make_records(
         'privileged_context': contexts[hint],
         'completion': text,
         'answer': entry['answer'],
-        'verifier': f'reasoning_gym:{family}',
+        'verifier': 'exact' if verifier == 'exact' else f'reasoning_gym:{family}',
         'metadata': entry['metadata'],
       }
     )

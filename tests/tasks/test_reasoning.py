@@ -140,6 +140,15 @@ def test_chains_of_sums(family):
     )
 
 
+def test_a_family_may_be_scored_by_its_answer_alone(monkeypatch):
+  monkeypatch.setattr(reasoning._JUDGE, 'score', None)
+  for record in make_records('chain_sum', 20, 3, verifier='exact'):
+    assert verify(record, record['completion']) == 1.0
+    assert verify(record, f'#### 1{record["answer"].lstrip("-")}') == 0.0
+  with pytest.raises(UserError, match='chain_sum has no verifier'):
+    make_records('chain_sum', 1, 3, verifier='exactly')
+
+
 def test_an_answer_is_judged_once(monkeypatch):
   asked = []
   monkeypatch.setattr(reasoning._JUDGE, 'score', lambda *about: asked.append(about) or 0.5)
