@@ -1,4 +1,4 @@
-"""The headline contrasts with two other teachers, on the same three students.
+"""The primary contrasts with two other teachers, on ten students.
 
   python -m experiments.run teachers --jobs=2
 
@@ -19,13 +19,19 @@ METHODS = {
 }
 
 TUNED = study.study(
-  'Do the headline contrasts come out alike with two other teachers?',
+  'Do the primary contrasts come out alike with two other teachers?',
   {
     f'{name}_{teacher}': Arm(f'{arm.arg},teacher={teacher}', {**arm.changes, grid.RATE: rate})
     for teacher in OTHERS
     for name, (arm, rate) in METHODS.items()
   },
   references={f'{name}_{teacher}': f'opd_{teacher}' for teacher in OTHERS for name in METHODS},
+  seeds=range(10),
+  contrasts=[
+    (f'{arm}_{teacher}', f'{reference}_{teacher}')
+    for teacher in OTHERS
+    for arm, reference in (('dopd', 'opd'), ('dopd', 'opd_privileged'), ('opd_privileged', 'opd'))
+  ],
   models={
     'student': study.MODELS['student'],
     'teacher_1': 'configs/study_sft.py:model=teacher,seed=1',
