@@ -17,7 +17,12 @@ EXPERIMENT = Experiment(
   base='configs/vlm.py',
   arms={
     'opd': Arm('smoke,method=opd'),
-    **{kind.replace('+', '_'): Arm(f'smoke,method=dopd,hint={kind}') for kind in KINDS},
+    **{
+      kind.replace('+', '_'): Arm(
+        f'smoke,method=dopd,hint={kind}', {'data.privileged': 'none'} if kind == 'none' else {}
+      )
+      for kind in KINDS
+    },
     # Beside DOPD with boxes and labels.
     'opd_privileged': Arm('smoke,method=opd', study.PRIVILEGED),
     'hint_routing': Arm('smoke,method=hint_routing'),
