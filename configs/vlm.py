@@ -82,7 +82,7 @@ def get_config(arg=''):
     c.student.path = f'{where}student'
     kind = f'&hint={a.hint}' if a.hint else ''
     c.data.train = f'{TASK}?size=4000&seed={1000 + a.seed}{kind}'
-    c.data.eval = f'{TASK}?size=500&seed=8&split=test'
+    c.data.eval = f'{TASK}?size=500&seed=8&split=test{kind}'
     c.data.privileged_kind = 'column'
     c.data.max_pixels = 0
     c.data.max_prompt_tokens = 64

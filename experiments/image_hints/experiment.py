@@ -24,8 +24,8 @@ EXPERIMENT = Experiment(
       for kind in KINDS
     },
     # Beside DOPD with boxes and labels.
-    'opd_privileged': Arm('smoke,method=opd', study.PRIVILEGED),
-    'hint_routing': Arm('smoke,method=hint_routing'),
+    'opd_privileged': Arm('smoke,method=opd,hint=box+label', study.PRIVILEGED),
+    'hint_routing': Arm('smoke,method=hint_routing,hint=box+label'),
   },
   seeds=(0, 1, 2),
   models={
