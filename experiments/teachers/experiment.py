@@ -2,8 +2,9 @@
 
   python -m experiments.run teachers --jobs=2
 
-The teachers are others by their seed alone: another start, and another order of the same problems.
-Rates are those that the tuning with the first teacher chose; none is chosen anew.
+The teachers have another start and another order of the same problems, and are trained until they
+are as right as the first one, whose 4,000 steps leave them at 69 and 58 %. Rates are those that the
+tuning with the first teacher chose; none is chosen anew.
 """
 
 import dataclasses
@@ -34,8 +35,10 @@ TUNED = study.study(
   ],
   models={
     'student': study.MODELS['student'],
-    'teacher_1': 'configs/study_sft.py:model=teacher,seed=1',
-    'teacher_2': 'configs/study_sft.py:model=teacher,seed=2',
+    **{
+      f'teacher_{seed}': f'configs/study_sft.py:model=teacher,seed={seed},steps=12000,until=0.92'
+      for seed in (1, 2)
+    },
   },
 )
 EXPERIMENT = dataclasses.replace(TUNED, learning_rates=(), tuning_seeds=())
