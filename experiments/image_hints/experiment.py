@@ -12,20 +12,26 @@ from experiments.grid import Arm, Experiment
 
 KINDS = ('none', 'box', 'label', 'box+label', 'answer', 'shuffled')
 
+
+def dopd(kind, **changes):
+  """DOPD with a hint for both policies; none takes it from both."""
+  hidden = {'data.privileged': 'none'} if kind == 'none' else {}
+  return Arm(f'smoke,method=dopd,hint={kind}', hidden | changes)
+
+
 EXPERIMENT = Experiment(
   question='Which privileged input serves DOPD best on images?',
   base='configs/vlm.py',
   arms={
     'opd': Arm('smoke,method=opd'),
-    **{
-      kind.replace('+', '_'): Arm(
-        f'smoke,method=dopd,hint={kind}', {'data.privileged': 'none'} if kind == 'none' else {}
-      )
-      for kind in KINDS
-    },
+    **{kind.replace('+', '_'): dopd(kind) for kind in KINDS},
     # Beside DOPD with boxes and labels.
     'opd_privileged': Arm('smoke,method=opd,hint=box+label', study.PRIVILEGED),
     'hint_routing': Arm('smoke,method=hint_routing,hint=box+label'),
+    # Added when those above were known: is it the copy that HS follows?
+    **{
+      f'{kind.replace("+", "_")}_hs_to_teacher': dopd(kind, **study.HS_TO_TEACHER) for kind in KINDS
+    },
   },
   seeds=(0, 1, 2),
   models={
