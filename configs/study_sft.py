@@ -7,8 +7,8 @@ Device: 2 CPU cores, minutes. In half of the problems two chains lead to the que
 tells which one the reference takes. With task=chain_sum the problems are of reasoning_gym, and
 fewer steps will do. Half of the rows show the hint, so that both can use one and need none. A
 student is stopped at an accuracy, not at a step: values are learnt in a jump, whose step differs
-from seed to seed. Problems of the training split decide that. `until=0.92` does the same with
-a teacher, where it gets there: of the seeds 1 to 22 one does, the others end at 58 to 79 %.
+from seed to seed. Problems of the training split decide that. `until=0.92` stops a teacher there:
+of seeds 1 to 22, 3 to 22 on GPUs, one reached it, and the others ended at 58 to 79 %.
 """
 
 from dopd_jax import config
