@@ -4,7 +4,7 @@ r"""How right are the models of an experiment when they see a hint, before any d
 
 Asked for each kind of hint that its arms show: teacher and students answer the held-out problems of
 the final runs, greedily, with the hint in the prompt as the privileged policies see it, and without
-any. The models must be there: `experiments.run` makes them.
+any; a picture stays as the student sees it. The models must be there: `experiments.run` makes them.
 """
 
 import dataclasses

@@ -28,7 +28,7 @@ def test_each_kind_of_hint_is_asked_once_and_every_model():
 
 
 def test_a_hint_stands_in_the_prompt():
-  """Of the quickstart's student: without one as a run begins; another problem's misleads it."""
+  """The quickstart's student: without one, as a run begins; another problem's misleads it."""
   config = grid.module(grid.ROOT / 'configs/quickstart.py').get_config()
   config.data.eval += '&hint=shuffled'
   config = configs.validate(config)
