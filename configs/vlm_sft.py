@@ -6,8 +6,8 @@ r"""Makes the pair of `configs/vlm.py:smoke` from nothing: supervised training o
   python -m dopd_jax.sft --config=configs/vlm_sft.py:model=student --workdir=runs/vlm-student
   python -m dopd_jax.export --workdir=runs/vlm-student --out=dopd_jax/assets/digits/student
 
-With `hint=mixed` they learn to read every kind of hint; that student stops at the first look at 60 %
-or more (25 minutes for both).
+With `hint=mixed` they learn to read every kind of hint, in 25 minutes; that student stops at the
+first look at 60 % or more.
 
 Device: 2 CPU cores, 9 and 3 minutes. Half of the rows show the hint, so that both can use one and
 need none. Both first read any digit of the picture (about 35 % right, for a thousand steps and
