@@ -4,7 +4,7 @@
 
 `dopd_shuffled`: the hints of other problems, which lead nowhere. `dopd_random`: DOPD's regimes
 dealt to the tokens at random, as many of each. `uniform_js`: no routing. `self_privileged`: no
-teacher. A constant weight needs no control: Adam does not see it.
+teacher. That of matched weight is an arm of `sensitivity`.
 """
 
 from experiments import study
