@@ -2,10 +2,10 @@ r"""How right are the ends of an experiment's runs when they sample, and how div
 
   python -m experiments.sampled teachers     # writes sampled.json and sampled.md in its folder
 
-Every student, as its run began and as it ended, answers the held-out problems of `data.eval` four
-times at temperature 1: avg@4 is the share of right answers, pass@4 the share of problems that any
-of the four has right. The workdirs of the runs must be there, with their checkpoints: those that
-`python -m experiments.run NAME` leaves on the machine where it ran.
+Every student, as the run of the first arm began and as each run ended, answers the problems of
+`data.eval` four times at temperature 1: avg@4 is the share of right answers, pass@4 the share of
+problems that any of the four has right. The workdirs of the runs must be there, with their
+checkpoints: `python -m experiments.run NAME` leaves them on the machine where it ran.
 """
 
 import dataclasses
