@@ -2,10 +2,10 @@ r"""How right are the ends of an experiment's runs when they sample, and how div
 
   python -m experiments.sampled teachers     # writes sampled.json and sampled.md in its folder
 
-Every student, as the run of the first arm began and as each run ended, answers the problems of
-`data.eval` four times at temperature 1: avg@4 is the share of right answers, pass@4 the share of
-problems that any of the four has right. The workdirs of the runs must be there, with their
-checkpoints: `python -m experiments.run NAME` leaves them on the machine where it ran.
+Asked are the students at their start and at the end of every run: the problems of `data.eval`, four
+answers each at temperature 1. avg@4 is the share of right answers, pass@4 the share of problems
+that any of the four has right. The workdirs of the runs must be there, with their checkpoints:
+`python -m experiments.run NAME` leaves them on the machine where it ran.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -23,22 +23,24 @@ from dopd_jax import cli, dataset, evaluation, export, metrics, policies, shardi
 from dopd_jax.config import Config, Policy
 from dopd_jax.errors import UserError
 from dopd_jax.rollout import Sampling
-from experiments import common, grid, results, workers
+from experiments import common, contrasts, grid, results
 from experiments.grid import Experiment, Run
-from experiments.results import estimate, paired
+from experiments.results import estimate
 
 DRAWS = 4
 START = 'start'
-Found = Mapping[str, Mapping[str, Mapping[str, float]]]  # arm -> seed -> avg@4, pass@4
+SCORES = {f'avg@{DRAWS}': lambda hits: hits / DRAWS, f'pass@{DRAWS}': lambda hits: hits > 0}
+Found = Mapping[str, Mapping[str, str]]  # arm -> seed -> right answers to each problem, 0 to 4
 
 
-def draws(path: str, config: Config, count: int = DRAWS) -> np.ndarray:
-  """What a model has right, [count, n], 0 to 1, at temperature 1 and on draws of their own.
+def draws(path: str, config: Config) -> str:
+  """How many of four sampled answers are right, a digit a problem.
+
+  Answer k of every model is drawn with seed k.
 
   Args:
     path: of the model.
     config: of a run; its `data.eval` is asked.
-    count: answers a problem.
   """
   config = dataclasses.replace(config, student=Policy(path=path))
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])  # tiny models
@@ -49,70 +51,78 @@ def draws(path: str, config: Config, count: int = DRAWS) -> np.ndarray:
     generate = evaluation.make_generate(pair.student.model, sampling, pair)
     judges = [
       evaluation.Judge(examples, pair, mesh, config.microbatch, config.data.prompt_bucket, seed)
-      for seed in range(count)
+      for seed in range(DRAWS)
     ]
     params = pair.student.params
-    return np.stack([judge.accuracy('sampled', generate, params, progress)[1] for judge in judges])
-
-
-def scores(right: np.ndarray) -> dict[str, float]:
-  """avg@count and pass@count of what `draws` returns."""
-  count = len(right)
-  return {f'avg@{count}': float(right.mean()), f'pass@{count}': float(right.max(0).mean())}
+    right = [judge.accuracy('sampled', generate, params, progress)[1] for judge in judges]
+  return ''.join(map(str, np.sum(np.stack(right) >= 0.5, axis=0)))
 
 
 def measure(experiment: Experiment, kept: pathlib.Path, runs: pathlib.Path) -> Found:
   """Of the students at the start and of every run at its end.
 
   Raises:
-    UserError: the workdir of a run is not there.
+    UserError: the workdir of a run is not there, it did not end, or students differ by arm.
   """
-  found: dict[str, dict[str, dict[str, float]]] = {START: {}}
   rates = results.rates(experiment, grid.tuning_runs(experiment, list(experiment.arms)), kept)
-  rates = rates or dict.fromkeys(experiment.arms)
-  todo = grid.final_runs(experiment, rates)
+  todo = grid.final_runs(experiment, rates or dict.fromkeys(experiment.arms))
+  for run in todo:
+    if not run.workdir(runs).exists():
+      raise UserError(f'{run.workdir(runs)} is not there: give experiments.run first')
+  if len({(run.seed, run.config.student.path, run.config.data.eval) for run in todo}) != len(
+    experiment.seeds
+  ):
+    raise UserError('its arms begin with other students or problems: there is no one start')
+  found: dict[str, dict[str, str]] = {START: {}}
   with common.bar(Console()) as bar:
     for run in bar.track(todo, description='runs'):
       seed = str(run.seed)
       if seed not in found[START]:
-        found[START][seed] = scores(draws(run.config.student.path, run.config))
-      found.setdefault(run.arm, {})[seed] = scores(end(run, runs))
+        found[START][seed] = draws(run.config.student.path, run.config)
+      found.setdefault(run.arm, {})[seed] = end(run, runs)
   return found
 
 
-def end(run: Run, runs: pathlib.Path) -> np.ndarray:
-  """`draws` of the last checkpoint of a run."""
-  workdir = run.workdir(runs)
-  if not workdir.exists():
-    raise UserError(
-      f'{workdir} is not there: give python -m experiments.run first, on this machine'
-    )
+def end(run: Run, runs: pathlib.Path) -> str:
+  """`draws` of the last checkpoint of a run; raises `UserError` where that is not its end."""
   with tempfile.TemporaryDirectory() as folder:
-    export.export(str(workdir), folder + '/student')
-    return draws(folder + '/student', run.config)
+    step = export.export(str(run.workdir(runs)), f'{folder}/student')
+    if step != run.config.steps:
+      raise UserError(f'{run.name} is at step {step} of {run.config.steps}: let it end first')
+    return draws(f'{folder}/student', run.config)
 
 
 def page(experiment: Experiment, found: Found) -> str:
   """sampled.md."""
-  names = list(next(iter(found[START].values())))
   lines = [
-    'At temperature 1, four answers a problem, %; mean over seeds with its 95 % t-interval, and '
-    'the difference to the reference, paired by seed.',
+    'At temperature 1, four answers a problem, %: mean over seeds with its 95 % t-interval; the '
+    'difference to the reference, paired by seed, and its bootstrap over seeds and problems.',
     '',
-    f'| arm | {" | ".join(f"{name} | minus its reference" for name in names)} |',
-    f'|---|{"---:|---:|" * len(names)}',
+    f'| arm | {" | ".join(f"{name} | minus its reference" for name in SCORES)} |',
+    f'|---|{"---:|---:|" * len(SCORES)}',
   ]
-  of = lambda arm, name: {seed: 100 * each[name] for seed, each in found[arm].items()}
   for arm in found:
     cells = [arm]
-    for name in names:
-      mean = estimate(list(of(arm, name).values()))
-      reference = experiment.reference(arm) if arm != START else START
-      gap = paired(of(arm, name), of(reference, name))
-      told = f'{gap.mean:+.1f} ± {gap.half:.1f} ({reference})' if reference != arm else '–'
-      cells += [f'{mean.mean:.1f} ± {mean.half:.1f}', told]
+    for score in SCORES.values():
+      mean = estimate([100 * each.mean() for each in problems(found, arm, score).values()])
+      cells += [f'{mean.mean:.1f} ± {mean.half:.1f}', '–']
+      if arm != START and (reference := experiment.reference(arm)) != arm:
+        cells[-1] = f'{difference(found, arm, reference, score)} ({reference})'
     lines.append(f'| {" | ".join(cells)} |')
   return '\n'.join(lines) + '\n'
+
+
+def problems(found: Found, arm: str, score: Callable) -> dict[str, np.ndarray]:
+  """Seed -> the score of each problem."""
+  return {seed: 1.0 * score(np.array(list(hits), int)) for seed, hits in found[arm].items()}
+
+
+def difference(found: Found, arm: str, reference: str, score: Callable) -> str:
+  """In points, with both intervals."""
+  ours, theirs = (problems(found, name, score) for name in (arm, reference))
+  each = [ours[seed] - theirs[seed] for seed in ours]
+  gap, (low, high) = estimate([100 * d.mean() for d in each]), contrasts.bootstrap(each)
+  return f'{gap.mean:+.1f} ± {gap.half:.1f}, {100 * low:+.1f} to {100 * high:+.1f}'
 
 
 def main() -> None:
@@ -127,7 +137,7 @@ def main() -> None:
     experiment, pathlib.Path('experiments', pool), pathlib.Path('runs/experiments', pool)
   )
   with workdirs.writing(str(folder / 'sampled.json')) as file:
-    json.dump(workers.rounded(found), file, indent=1)
+    json.dump(found, file, indent=1)
   with workdirs.writing(str(folder / 'sampled.md')) as file:
     file.write(page(experiment, found))
   Console().print(page(experiment, found))
